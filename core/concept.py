@@ -1,0 +1,238 @@
+"""Concept: the one thing learned, and its .safetensors file.
+
+The file holds what applying needs and nothing more: fp16 tensors by name (`embedding.<encoder>`, `target_input`,
+`key_input`, `direction`, `target_output.<projection>`, values only) and string metadata. SD1.5: about 35 KB.
+It is written beside its target and moved over it; it is only ever parsed as safetensors.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .key_lock import TEMPERATURE, bias_of
+
+FORMAT = "perfusion-concept/1"
+BASES = {"sd1": "SD1.5", "sd2": "SD2.x", "sdxl": "SDXL", "creature": "the creature demo"}
+LARGEST = 16 * 2**20  # bytes; SDXL with a cover is far below
+WORD = re.compile(r"<[\w-]+>")
+TENSOR = re.compile(r"embedding\.(clip_[lgh])|target_input|key_input|direction|target_output\..+")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What was learned, in fp32 on the CPU. `strength` is the artist's dial, unless a raw gate `bias` is set."""
+
+    base: str  # a key of BASES; a fine-tune or an inpainting UNet takes its family's
+    superclass: str
+    word: str  # `<mimi>`
+    embedding: dict[str, Tensor]  # text encoder -> (d of that encoder) v*
+    target_input: Tensor  # (d) i*
+    key_input: Tensor  # (d)
+    direction: Tensor  # (d) C⁻¹ i* / energy
+    target_output: dict[str, Tensor]  # value projection -> (d_out) o*
+    energy: float
+    covariance: str  # hash of the covariance that the direction was taken under
+    prediction: str = "eps"
+    strength: float = 0.5
+    bias: float | None = None
+    temperature: float = TEMPERATURE
+    domain: str = ""
+    training: dict = field(default_factory=dict)
+    cover: str = ""  # base64 of a JPEG
+
+    @property
+    def off(self) -> bool:
+        """Strength 0: the superclass word stands for the concept, and the model is not touched."""
+        return self.bias is None and self.strength == 0
+
+    @property
+    def gate_bias(self) -> float:
+        return bias_of(self.strength) if self.bias is None else self.bias
+
+    def at(self, strength: float) -> "Concept":
+        """The same concept with its dial at `strength` in 0..1."""
+        return self.replace(strength=strength, bias=None, temperature=TEMPERATURE)
+
+    def raw(self, bias: float, temperature: float) -> "Concept":
+        """The same concept with the paper's gate, β and τ."""
+        return self.replace(bias=bias, temperature=temperature)
+
+    def replace(self, **changes) -> "Concept":
+        return replace(self, **changes)
+
+
+def check_word(word: str) -> str:
+    """The word itself, if a prompt can hold it and no prompt means anything else by it. Raises ValueError."""
+    if not WORD.fullmatch(word):
+        plain = re.sub(r"[^\w-]", "", word) or "mimi"
+        raise ValueError(
+            f"The concept's word is written in angle brackets, so that it cannot be one that the text encoder already "
+            f"knows: got '{word}', try '<{plain}>' (letters, digits, - and _)."
+        )
+    return word
+
+
+def dump(concept: Concept) -> bytes:
+    """The file's bytes; the same concept gives the same bytes. Raises ValueError where a value is no fp16 number."""
+    tensors = {f"embedding.{name}": v for name, v in concept.embedding.items()}
+    tensors |= {name: getattr(concept, name) for name in ("target_input", "key_input", "direction")}
+    tensors |= {f"target_output.{name}": o for name, o in concept.target_output.items()}
+    metadata = {
+        "format": FORMAT,
+        "gate": json.dumps({"bias": concept.bias, "temperature": concept.temperature}),
+        "training": json.dumps(concept.training, sort_keys=True),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{concept.base}/perfusion-concept",
+        "modelspec.implementation": "https://arxiv.org/abs/2305.01644",
+        "modelspec.title": f"{concept.word} ({concept.superclass})",
+        "modelspec.trigger_phrase": concept.word,
+    }
+    metadata |= {name: str(getattr(concept, name)) for name in
+                 ("base", "prediction", "superclass", "word", "strength", "energy", "covariance", "domain")}
+    if concept.cover:
+        metadata["ssmd_cover_images"] = json.dumps([concept.cover])
+    tensors = {name: t.half().contiguous() for name, t in tensors.items()}
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(
+                f"'{name}' of {concept.word} holds values that its file cannot (NaN, infinite or beyond 65504): learning "
+                "diverged. Nothing was saved; tune the concept again with fewer steps or another seed."
+            )
+    data = safetensors.torch.save(tensors)  # without metadata, which it would write in a random order
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8:end]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + data[end:]
+
+
+def parse(data: bytes, name: str) -> Concept:
+    """The concept that a file's bytes hold; `name` is for messages. Raises ValueError with a sentence."""
+    again = "Load another file, or tune the concept again."
+    try:
+        tensors = safetensors.torch.load(data)
+        metadata = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__") or {}
+    except (SafetensorError, struct.error, KeyError) as error:  # KeyError: a number format that torch lacks
+        raise ValueError(f"'{name}' is not a whole .safetensors file ({error}). {again}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"'{name}' is not a concept of this pack: its format should be {FORMAT}, it is "
+            f"{metadata.get('format', 'not given')}. Files of other Perfusion programs go through "
+            "`python -m headless convert` first."
+        )
+    try:
+        gate, cover = json.loads(metadata["gate"]), json.loads(metadata.get("ssmd_cover_images", "[]"))
+        facts = {key: metadata[key] for key in ("superclass", "prediction", "covariance", "domain")}
+        facts |= {key: float(metadata[key]) for key in ("strength", "energy")}
+        facts |= {"base": metadata["base"], "word": check_word(metadata["word"]), "cover": "".join(cover[:1])}
+        facts |= {"training": dict(json.loads(metadata["training"])), "temperature": float(gate["temperature"])}
+        facts["bias"] = None if gate["bias"] is None else float(gate["bias"])
+        numbers = facts["strength"], facts["energy"], facts["temperature"], facts["bias"] or 0.0
+        if facts["base"] not in BASES or not all(map(math.isfinite, numbers)) or facts["temperature"] <= 0:
+            raise ValueError("a value is out of range")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"The facts stored in '{name}' are damaged ({error}). {again}") from error
+    return _assemble(tensors, facts, name, again)
+
+
+def _assemble(tensors: dict[str, Tensor], facts: dict, name: str, again: str) -> Concept:
+    unknown = [key for key in tensors if not TENSOR.fullmatch(key)]
+    missing = [key for key in ("target_input", "key_input", "direction") if key not in tensors]
+    if unknown or missing:
+        raise ValueError(f"'{name}' lacks {missing or 'nothing'} and holds unknown {unknown or 'nothing'}. {again}")
+    tensors = {key: t.float() for key, t in tensors.items()}
+    width = tensors["target_input"].shape
+    for key, t in tensors.items():
+        if t.ndim != 1 or (key in ("key_input", "direction") and t.shape != width):
+            raise ValueError(f"'{key}' in '{name}' has shape {tuple(t.shape)}, a vector was expected. {again}")
+        if not t.isfinite().all():
+            raise ValueError(f"'{key}' in '{name}' holds values that are not numbers (NaN or infinite). {again}")
+    scale = tensors["direction"] @ tensors["target_input"]
+    if scale.abs() < 0.5:
+        raise ValueError(f"The direction in '{name}' does not belong to its target input. {again}")
+    return Concept(
+        embedding={key.removeprefix("embedding."): t for key, t in tensors.items() if key.startswith("embedding.")},
+        target_input=tensors["target_input"],
+        key_input=tensors["key_input"],
+        direction=tensors["direction"] / scale,  # similarity 1 at i* again, after fp16
+        target_output={
+            key.removeprefix("target_output."): t for key, t in tensors.items() if key.startswith("target_output.")
+        },
+        **facts,
+    )
+
+
+def load(path, sha256: str = "") -> Concept:
+    """The concept in a file. Where `sha256` is given the file must be that very one. Raises ValueError."""
+    path = Path(path)
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"'{path.name}' has {path.stat().st_size / 2**20:.0f} MB; a concept has less than one. "
+                         "This is another kind of file.")
+    return _verified(path.read_bytes(), path.name, sha256)
+
+
+def unpack(text: str, sha256: str = "") -> Concept:
+    """The concept that a workflow carries as base64. Raises ValueError."""
+    if len(text) > LARGEST:
+        raise ValueError(f"The concept in the workflow has {len(text) / 2**20:.0f} MB; it should have less than one. "
+                         "Ask for the file and load it by name.")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"The concept in the workflow is damaged ({error}). Ask for the file and load it by "
+                         "name.") from error
+    return _verified(data, "the concept in the workflow", sha256)
+
+
+def _verified(data: bytes, name: str, sha256: str) -> Concept:
+    came = hashlib.sha256(data).hexdigest()
+    if sha256 and came != sha256:
+        raise ValueError(
+            f"The workflow was made with another '{name}' (its hash {sha256[:12]}, this one's {came[:12]}). "
+            "Get the file that it was made with, or choose this one again in the list to use it."
+        )
+    return parse(data, name)
+
+
+def write(path, data: bytes) -> Path:
+    """Put bytes at a path: written aside, flushed, moved over the target, so a reader sees the old file or the new.
+
+    Raises OSError with a sentence where they cannot be written; nothing is left behind then.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)  # mkstemp's 600 would hide the file from others who share the folder
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"'{path.name}' ({len(data) / 1024:.0f} KB) could not be written to {path.parent}: {error.strerror}. "
+            "Nothing was changed there. Make room or choose another folder, then queue again.",
+        ) from error
+    return path
+
+
+def save(concept: Concept, path) -> Path:
+    """Write the concept to `path` (see `write`)."""
+    return write(path, dump(concept))
