@@ -1,0 +1,147 @@
+"""Concepts onto a ComfyUI model: one APPLY_MODEL wrapper on a ModelPatcher clone, and the word inside its CLIP.
+
+The wrapper swaps `forward` on the cross-attention projections for the length of one model call. Nothing persistent
+touches the shared module, so whatever else the graph does to the model composes, and afterwards it is bit for bit what
+it was. Applying twice makes one wrapper of both lists: the projection is joint, so their order does not matter.
+"""
+
+import logging
+
+import comfy.supported_models
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .concept import BASES, Concept
+from .key_lock import Edit, edited, joint, overlap
+from .prompt import PRESENT, WORDS, Token, superclass_ids, tokenizers, with_word
+
+KEY = "perfusion"
+FAMILIES = {"SD15": "sd1", "SD20": "sd2", "SDXL": "sdxl"}  # the host's classes; fine-tunes and inpainting derive
+ENCODERS = {"sd1": {"clip_l"}, "sd2": {"clip_h"}, "sdxl": {"clip_l", "clip_g"}}
+
+
+def base_of(model) -> str:
+    """The family that a MODEL belongs to, a key of BASES. Raises ValueError for any other architecture."""
+    config = model.model.model_config
+    for name, base in FAMILIES.items():
+        if isinstance(config, getattr(comfy.supported_models, name)):
+            return base
+    raise ValueError(
+        f"Perfusion edits cross-attention of SD1.5, SD2.x and SDXL; the connected model is {type(config).__name__}. "
+        "Load a checkpoint of one of these families (fine-tunes and inpainting models too)."
+    )
+
+
+def check_clip(clip, base: str):
+    """Raise ValueError where CLIP is not the text encoder of the model's family."""
+    came = set(tokenizers(clip))
+    if came != ENCODERS[base]:
+        raise ValueError(
+            f"The model is {BASES[base]} and its text encoder should be {' + '.join(sorted(ENCODERS[base]))}; the "
+            f"connected CLIP is {' + '.join(sorted(came)) or type(clip.tokenizer).__name__}. Connect the CLIP that "
+            "belongs to the model, usually the second output of the checkpoint loader."
+        )
+
+
+def projections(diffusion_model) -> dict[str, torch.nn.Module]:
+    """Every cross-attention `to_k` and `to_v` of a UNet by its dotted name (SD1.5: 32, SDXL: 140)."""
+    return {
+        name: module
+        for name, module in diffusion_model.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+
+
+class ConceptWrapper:
+    """Edits one model call for the rows whose prompt names a concept. Stateless but for copies per device."""
+
+    def __init__(self, concepts: tuple[Concept, ...], edit_negative: bool):
+        self.concepts, self.edit_negative = concepts, edit_negative
+        stack = {name: torch.stack([getattr(c, name) for c in concepts])
+                 for name in ("target_input", "key_input", "direction")}
+        M = overlap(stack["direction"], stack["target_input"])
+        cosine = (M * M.T).clamp_min(0).sqrt().fill_diagonal_(0)
+        if cosine.max() > 0.99:
+            logging.warning("Perfusion: two of the concepts are nearly the same to the text encoder "
+                            f"(cosine {cosine.max():.4f}); expect them to mix.")
+        self.fields = stack | {
+            "bias": torch.tensor([c.gate_bias for c in concepts]),
+            "temperature": torch.tensor([c.temperature for c in concepts]),
+            "joint": joint(M).float(),
+            "target_output": {name: torch.stack([c.target_output[name] for c in concepts])
+                              for name in concepts[0].target_output},
+        }
+        self.on = {}  # device -> fields
+
+    def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        words, present = kwargs.pop(WORDS, ()), kwargs.pop(PRESENT, None)
+        if self.edit_negative:
+            present = torch.ones(1, len(self.concepts), device=x.device)
+        elif present is not None:
+            none = torch.zeros(len(present), device=x.device)
+            columns = [present[:, words.index(c.word)] if c.word in words else none for c in self.concepts]
+            present = torch.stack(columns, dim=1).float()
+        plain = (x, t, c_concat, c_crossattn, control, transformer_options)
+        if present is None:
+            return executor(*plain, **kwargs)
+        with edited(projections(executor.class_obj.diffusion_model), self.edit(x.device, present)):
+            return executor(*plain, **kwargs)
+
+    def edit(self, device, present) -> Edit:
+        """The edit of all concepts for the rows of `present` (b, j), on a device."""
+        if device not in self.on:
+            self.on[device] = {name: f.to(device) if torch.is_tensor(f) else {n: o.to(device) for n, o in f.items()}
+                               for name, f in self.fields.items()}
+        return Edit(present=present, **self.on[device])
+
+
+def applied(model) -> tuple[Concept, ...]:
+    """The concepts that a MODEL already carries, oldest first."""
+    return tuple(c for w in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for c in w.concepts)
+
+
+def check(model, clip, concept: Concept):
+    """Raise ValueError where the concept cannot work on this model and CLIP."""
+    base = base_of(model)
+    if concept.base != base:
+        raise ValueError(
+            f"The concept {concept.word} was made for {BASES[concept.base]}, the connected model is {BASES[base]}. "
+            f"Load a checkpoint of {BASES[concept.base]}, or tune the concept again on this one."
+        )
+    check_clip(clip, base)
+    widths = {name: m.out_features for name, m in projections(model.model.diffusion_model).items() if "to_v" in name}
+    learnt = {name: len(o) for name, o in concept.target_output.items()}
+    if widths != learnt or set(concept.embedding) != set(tokenizers(clip)):
+        raise ValueError(
+            f"The concept {concept.word} holds {len(learnt)} value outputs and embeddings for "
+            f"{', '.join(sorted(concept.embedding)) or 'no encoder'}; this model has {len(widths)} value projections"
+            f"{' of other names or widths' if len(widths) == len(learnt) else ''}. It was tuned on a UNet with other "
+            "layers: tune it again on this model."
+        )
+    for other in applied(model):
+        if other.covariance != concept.covariance:
+            raise ValueError(
+                f"{other.word} and {concept.word} were tuned under different caption statistics "
+                f"({other.covariance[:12]} and {concept.covariance[:12]}: another text encoder, clip skip or caption "
+                "file), so their gates cannot be combined. Tune one of them again with the other's settings."
+            )
+
+
+def apply(model, clip, concept: Concept, edit_negative: bool = False):
+    """(MODEL, CLIP) clones on which the concept's word works; chain it for several concepts.
+
+    Strength 0 gives the superclass word back in the prompt and leaves the model alone. `edit_negative` edits every
+    row, also those whose prompt has no concept word, as the research code does.
+    Raises ValueError with a sentence where concept, model and CLIP do not fit together.
+    """
+    check(model, clip, concept)
+    token = Token({} if concept.off else concept.embedding, superclass_ids(clip, concept.superclass))
+    clip = with_word(clip, concept.word, token)
+    if concept.off:
+        return model, clip
+    wrapper = ConceptWrapper((*applied(model), concept), edit_negative or any(
+        w.edit_negative for w in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)))
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    return model, clip

@@ -1,0 +1,143 @@
+"""The concept's word inside ComfyUI's CLIP, so that the stock text-encode nodes understand `<mimi>`.
+
+A clone of CLIP carries two shallow copies. Its tokenizer lets a prompt hold vectors where the word stands. Its
+`cond_stage_model` answers as always, and says in its third value which concepts the prompt names: the host copies that
+into the conditioning, and `model_conds` reach the model's wrappers, one value a row. Prompts without the word take the
+untouched code path, and CLIP.clone() keeps both copies.
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+
+import torch
+from comfy.conds import CONDConstant, CONDRegular
+from comfy.sd1_clip import SDTokenizer
+from torch import Tensor
+
+WORDS, PRESENT = "perfusion_words", "perfusion_gate"  # names in the conditioning, and the wrapper's keyword arguments
+
+
+@dataclass(frozen=True)
+class Token:
+    """What stands for a word: per text encoder a vector (d), or none while the concept is off, and the superclass id."""
+
+    vector: dict[str, Tensor]
+    superclass: dict[str, int]
+
+
+class WordTokenizer:
+    """The tokenizer of one text encoder; `ids` says what a word becomes: a vector (d) or a token id."""
+
+    def __init__(self, base, ids: dict[str, Tensor | int], start: int, has_end: bool):
+        self.base, self.ids, self.start, self.end = base, ids, start, -1 if has_end else None
+        self.pattern = re.compile("(" + "|".join(map(re.escape, ids)) + ")")
+
+    def __getattr__(self, name):
+        if name == "base":  # not there yet while `copy` builds an empty one
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __call__(self, text, *args, **kwargs):
+        parts = self.pattern.split(text)
+        if len(parts) == 1:
+            return self.base(text, *args, **kwargs)
+        empty = self.base("", *args, **kwargs)["input_ids"]
+        found = list(empty[: self.start])
+        for part in parts:
+            if part in self.ids:
+                found.append(self.ids[part])
+            elif part.strip():
+                found += self.base(part, *args, **kwargs)["input_ids"][self.start : self.end]
+        return {"input_ids": found + ([] if self.end is None else list(empty[-1:]))}
+
+
+class WordEncoder:
+    """`encode_token_weights` of a CLIP model, which also tells the concepts that the prompt names.
+
+    The pooled answer, which SDXL adds to the time embedding past every key and value, is that of the prompt with the
+    superclass word: there the learnt vector would act outside the gate.
+    """
+
+    def __init__(self, plain, words: dict[str, Token]):
+        self.plain, self.words = plain, words
+
+    def __call__(self, tokens):
+        cond, pooled, *extra = self.plain(tokens)
+        marked = tuple(word for word, token in self.words.items() if token.vector)
+        if not marked:
+            return cond, pooled, *extra
+        weights, usual = {}, {}
+        for key, chunks in tokens.items():
+            usual[key] = [[self._superclass(key, t, weight, weights) for t, weight in chunk] for chunk in chunks]
+        if weights:
+            pooled = self.plain(usual)[1]
+        present = torch.tensor([[weights.get(word, 0.0) for word in marked]])
+        conds = {WORDS: CONDConstant(marked), PRESENT: CONDRegular(present)}
+        return cond, pooled, {**(extra[0] if extra else {}), "model_conds": conds}
+
+    def _superclass(self, key, t, weight, weights):
+        for word, token in self.words.items():
+            if torch.is_tensor(t) and t is token.vector.get(f"clip_{key}"):
+                weights[word] = max(weight, weights.get(word, weight))
+                return token.superclass[f"clip_{key}"], weight
+        return t, weight
+
+
+def tokenizers(clip) -> dict[str, SDTokenizer]:
+    """The CLIP's tokenizers by encoder name: clip_l, clip_g, clip_h."""
+    return {t.embedding_key: t for t in vars(clip.tokenizer).values() if isinstance(t, SDTokenizer)}
+
+
+def encoder(clip, name: str):
+    """The text encoder of that name inside the CLIP's model."""
+    return getattr(clip.cond_stage_model, name)
+
+
+def superclass_ids(clip, superclass: str) -> dict[str, int]:
+    """The superclass word's token id per text encoder. Raises ValueError where it is not one word of one token."""
+    word = superclass.strip()
+    if not word or len(word.split()) > 1:
+        raise ValueError(
+            f"The superclass is one plain word for the kind of thing, such as cat, person or toy; got '{superclass}'."
+        )
+    found = {}
+    for name, tokenizer in tokenizers(clip).items():
+        ids = tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start : -1]
+        if len(ids) != 1:
+            raise ValueError(
+                f"The text encoder takes '{word}' in {len(ids)} pieces, and the superclass has to be one. "
+                "Use a more common word for the same kind, such as animal, person or toy."
+            )
+        found[name] = ids[0]
+    return found
+
+
+def words_of(clip) -> dict[str, Token]:
+    """The words that this CLIP has been taught, oldest first."""
+    encode = clip.cond_stage_model.encode_token_weights
+    return encode.words if isinstance(encode, WordEncoder) else {}
+
+
+def with_word(clip, word: str, token: Token):
+    """A clone of CLIP that knows one word more. The CLIP that came in is left as it was."""
+    if word in words_of(clip):
+        raise ValueError(
+            f"Two of the applied concepts are called {word}, so a prompt could not say which is meant. "
+            "Tune one of them with another word, or apply only one."
+        )
+    words = {**words_of(clip), word: token}
+    clip = clip.clone()
+    clip.tokenizer = copy.copy(clip.tokenizer)
+    for attribute, tokenizer in list(vars(clip.tokenizer).items()):
+        if isinstance(tokenizer, SDTokenizer):
+            name, tokenizer = tokenizer.embedding_key, copy.copy(tokenizer)
+            base = tokenizer.tokenizer
+            base = base.base if isinstance(base, WordTokenizer) else base
+            ids = {w: t.vector.get(name, t.superclass[name]) for w, t in words.items()}
+            tokenizer.tokenizer = WordTokenizer(base, ids, tokenizer.tokens_start, tokenizer.tokenizer_adds_end_token)
+            setattr(clip.tokenizer, attribute, tokenizer)
+    encode = clip.cond_stage_model.encode_token_weights
+    clip.cond_stage_model = copy.copy(clip.cond_stage_model)
+    clip.cond_stage_model.encode_token_weights = WordEncoder(getattr(encode, "plain", encode), words)
+    return clip
