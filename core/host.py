@@ -1,0 +1,45 @@
+"""Host: what the loops need from the program that holds the model.
+
+Letters: b batch · n tokens · m pictures · d text width · c h w latent.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Host(Protocol):
+    """A model with its text encoders and autoencoder, in the words of the loops. Tensors are fp32 on `device`."""
+
+    base: str  # a key of concept.BASES
+    prediction: str  # "eps" or "v"
+    device: torch.device
+    dtype: torch.dtype  # what the UNet computes in
+    projections: dict[str, torch.nn.Module]  # every cross-attention to_k and to_v
+
+    def training(self, latents: Tensor) -> AbstractContextManager:
+        """Everything that gradients need, for steps on latents (1, c, h, w), undone on leaving."""
+
+    def latents(self, images: Tensor) -> Tensor:
+        """(m, c, h, w) from images (m, H, W, 3) in 0..1."""
+
+    def inverse_covariance(self) -> tuple[Tensor, str, dict]:
+        """C⁻¹ (d, d) in fp64 on the CPU, its hash, and what is to be said about it (captions, tokens, ridge)."""
+
+    def embedding(self, word: str) -> dict[str, Tensor]:
+        """The superclass word's row (d of the encoder) of each text encoder's embedding table. Raises ValueError."""
+
+    def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Text encodings (b, n, d) of prompts that hold `word` once, with gradient to `embedding`, and the word's
+        position (b) in each."""
+
+    def errors(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> Tensor:
+        """Squared error (b, c, h, w) of the model's own prediction target at noise levels `time` (b) in [0, 1).
+
+        `prompt` holds the superclass word; what the model is conditioned on beside `context` is read from it.
+        """
+
+    def check(self) -> None:
+        """Raise the host's own exception where the user has cancelled."""

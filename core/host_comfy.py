@@ -1,0 +1,224 @@
+"""Host over ComfyUI's MODEL, CLIP and VAE.
+
+ComfyUI runs nodes under inference mode, so the weights of a checkpoint that was loaded there cannot be saved for a
+backward pass: `without_inference` puts an equal clone in each one's place, bit for bit. The text encoder adds its
+residuals in place, which autograd allows inside `allow_mutation_on_saved_tensors` only, forward and backward alike.
+"""
+
+import logging
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import comfy.model_management as memory
+import comfy.sample
+import safetensors.torch
+import torch
+from comfy.model_base import ModelType
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import apply as applying
+from . import tune as tuning
+from .concept import check_word, dump, load, save, write
+from .covariance import captions, inverse_of
+from .fingerprint import fingerprint
+from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
+
+PREVIEW_STEPS, PREVIEW_CFG = 12, 6.0
+TRAINING_OVER_SAMPLING = 9  # peak of forward and backward over what the host reserves to sample the same latents
+
+
+def without_inference(module: torch.nn.Module):
+    """Replace inference tensors in a module by equal ordinary ones, in place; harmless where there are none."""
+    with torch.inference_mode(False):
+        for m in module.modules():
+            for name, p in m._parameters.items():
+                if p is not None and p.is_inference():
+                    m._parameters[name] = torch.nn.Parameter(p.clone(), requires_grad=False)
+            for name, b in m._buffers.items():
+                if b is not None and b.is_inference():
+                    m._buffers[name] = b.clone()
+
+
+def fixed(patcher):
+    """A clone whose weights stay where they are: those that dynamic VRAM streams may be gone on the way back."""
+    return patcher.clone(disable_dynamic=True) if getattr(patcher, "is_dynamic", bool)() else patcher.clone()
+
+
+def encode_chunks(encode, prompts: list[dict]) -> tuple[Tensor, list[list]]:
+    """Encodings (b, 77, d) of each tokenised prompt's first chunk in one call, and the first encoder's chunks.
+
+    The host encodes the chunks of one long prompt as a batch; here every chunk is a prompt of its own.
+    """
+    chunks = {key: [tokens[key][0] for tokens in prompts] for key in prompts[0]}
+    x = encode(chunks)
+    return x.view(len(prompts), -1, x.shape[-1]), next(iter(chunks.values()))
+
+
+@contextmanager
+def checkpointed(diffusion_model):
+    """While open, blocks keep their input only and are computed again on the way back."""
+
+    def again(plain):
+        def forward(*args, transformer_options=None, **kwargs):
+            if transformer_options is not None:  # the host writes the block's place into it: keep this block's own
+                kwargs["transformer_options"] = dict(transformer_options)
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+        return forward
+
+    blocks = [m for m in diffusion_model.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResBlock")]
+    try:
+        for block in blocks:
+            block.forward = again(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+class ComfyHost:
+    """See `host.Host`. `folder` is where covariances are kept; `progress` hears (done, total) while one is computed."""
+
+    def __init__(self, model, clip, vae, superclass: str, folder, progress=lambda done, total: None):
+        self.base = applying.base_of(model)
+        applying.check_clip(clip, self.base)
+        self.ids = superclass_ids(clip, superclass)
+        self.source, self.clip, self.vae, self.folder, self.progress = model, clip, vae, folder, progress
+        self.prediction = "eps" if model.model.model_type == ModelType.EPS else "v"
+        self.device, self.dtype = model.load_device, model.model.get_dtype_inference()
+        self.pooled = {}  # prompt -> what SDXL adds to the time embedding
+
+    @contextmanager
+    def training(self, latents: Tensor):
+        self.patcher, text = fixed(self.source), fixed(self.clip.patcher)
+        need = self.patcher.memory_required([1, *latents.shape[1:]]) * TRAINING_OVER_SAMPLING
+        with torch.inference_mode(False), torch.enable_grad():
+            for patcher in (self.patcher, text):
+                without_inference(patcher.model)
+            memory.load_models_gpu([self.patcher, text], memory_required=need, force_full_load=True)
+            for patcher in (self.patcher, text):  # again, for what was moved or merged while loading
+                without_inference(patcher.model)
+            self.text = text.model
+            self.projections = applying.projections(self.patcher.model.diffusion_model)
+            tight = memory.get_free_memory(self.device) < need
+            unet = checkpointed(self.patcher.model.diffusion_model) if tight else nullcontext()
+            with unet, torch.autograd.graph.allow_mutation_on_saved_tensors():
+                yield
+
+    def latents(self, images: Tensor) -> Tensor:
+        return self.source.model.process_latent_in(self.vae.encode(images)).float()
+
+    def embedding(self, word: str) -> dict[str, Tensor]:
+        self.clip.load_model()
+        tables = {name: encoder(self.clip, name).transformer.get_input_embeddings() for name in self.ids}
+        return {name: tables[name].weight[i].detach().float().cpu().clone() for name, i in self.ids.items()}
+
+    def inverse_covariance(self) -> tuple[Tensor, str, dict]:
+        def encode(lines):
+            x, tokens = encode_chunks(self.clip.encode_from_tokens, [self.clip.tokenize(line) for line in lines])
+            return [row[: self.end(chunk) + 1] for row, chunk in zip(x, tokens)]
+
+        key = fingerprint(self.clip.patcher.get_key_patches(), self.clip.layer_idx)
+        return inverse_of(encode, key, captions(self.folder), self.folder, self.progress)
+
+    def end(self, chunk) -> int:
+        """Place of the first end token in a chunk of (token, weight)."""
+        token = next(iter(tokenizers(self.clip).values())).end_token
+        return [t for t, _ in chunk].index(token, 1)
+
+    def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        clip = with_word(self.clip, word, Token(embedding, self.ids))
+        x, chunks = encode_chunks(lambda tokens: self.answer(tokens)[0], [clip.tokenize(prompt) for prompt in prompts])
+        at = [[k for k, (t, _) in enumerate(chunk) if torch.is_tensor(t)] for chunk in chunks]
+        for prompt, places in zip(prompts, at):
+            if len(places) != 1:
+                raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens.")
+        return x.to(self.device), torch.tensor(at)[:, 0]
+
+    def answer(self, tokens):
+        """Encodings and pooled answer, as CLIP.encode_from_tokens gives them, without moving any model."""
+        self.text.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            self.text.set_clip_options({"layer": self.clip.layer_idx})
+        self.text.set_clip_options({"execution_device": self.clip.patcher.load_device})
+        return self.text.encode_token_weights(tokens)
+
+    def errors(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> Tensor:
+        model, b = self.patcher.model, len(latents)
+        sampling = model.model_sampling
+        if prompt not in self.pooled:
+            with torch.no_grad():
+                self.pooled[prompt] = self.answer(self.clip.tokenize(prompt))[1]
+        sigma = sampling.sigma(time * len(sampling.sigmas)).to(latents).clamp_min(0.01)
+        x = sampling.noise_scaling(sigma, noise, latents)
+        conds = model.extra_conds(
+            cross_attn=context, pooled_output=self.pooled[prompt], noise=x, latent_image=latents, device=x.device,
+            width=x.shape[3] * 8, height=x.shape[2] * 8, prompt_type="positive",
+        )
+        conds = {name: c.process_cond(batch_size=b, area=None, device=x.device).cond for name, c in conds.items()}
+        denoised = model.apply_model(x, sigma, transformer_options={}, **conds | {"c_crossattn": context})
+        # apply_model answers in x0; the error of ε is 1/σ of that, the error of v √(1/σ² + 1/σ_data²)
+        weight = 1 / sigma**2 + (0 if self.prediction == "eps" else 1 / sampling.sigma_data**2)
+        return weight.view(b, 1, 1, 1) * (denoised - latents) ** 2
+
+    def check(self):
+        memory.throw_exception_if_processing_interrupted()
+
+
+def picture(model, clip, vae, prompt: str, size: tuple[int, int], seed: int) -> Tensor:
+    """A picture (1, H, W, 3) as the stock nodes make it, in few steps, for previews; `size` is (H, W) in latents."""
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
+    latent = torch.zeros(1, model.model.latent_format.latent_channels, *size)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    latent = comfy.sample.sample(model, noise, PREVIEW_STEPS, PREVIEW_CFG, "euler", "normal", positive, negative,
+                                 latent, seed=seed, disable_pbar=True)
+    return vae.decode(latent).cpu()
+
+
+def tune_key(model, clip, vae, *settings) -> str | None:
+    """The cache key of a tune: everything that it depends on. None where the graph holds what cannot be hashed."""
+    patches = {name: type(patch).__name__ for name, patch in model.object_patches.items()}
+    wrappers = sorted({type(w).__name__ for kind in model.wrappers.values() for ws in kind.values() for w in ws})
+    unknown = [n for n in (*patches, *wrappers) if n not in ("manual_cast_dtype", "model_sampling", "ConceptWrapper")]
+    if unknown:
+        logging.info(f"Perfusion: the result is not kept for a re-queue, as {', '.join(unknown)} cannot be hashed.")
+        return None
+    sampling = model.get_model_object("model_sampling")
+    return fingerprint(model.get_key_patches(), clip.get_key_patches(), vae.patcher.get_key_patches(), clip.layer_idx,
+                       patches, wrappers, type(sampling).__name__, sampling.sigmas, *settings)
+
+
+def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start, folder, watch, keep):
+    """Learn a concept (see `tune.tune`), or find it on disk where the same was learnt before.
+
+    `folder` keeps covariances and finished tunes. `watch` hears through captions(done, total), picture(before) and
+    step(progress). Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed.
+    """
+    tuning.check(images, mask, settings)
+    check_word(word)
+    host = ComfyHost(model, clip, vae, superclass, folder, watch.captions)
+    key = tune_key(model, clip, vae, images, mask, superclass, word, asdict(settings), start and dump(start),
+                   captions(folder))
+    path = Path(folder) / "cache" / f"{key}.safetensors" if key else None
+    seen = path and path.with_suffix(".pictures")
+    if path and path.exists() and seen.exists():
+        pictures = safetensors.torch.load_file(seen)
+        return load(path), pictures["before"] / 255, pictures["after"] / 255
+
+    prompt = settings.templates[0]
+    size = tuple(side // 8 for side in tuning.fit(images[:1], settings.resolution).shape[1:3])
+    watch.picture(before := picture(model, clip, vae, prompt.format(superclass.strip()), size, settings.seed))
+    if path and path.exists():
+        concept = load(path)
+    else:
+        concept = tuning.tune(host, images, superclass, word, settings, mask, start, watch.step, keep)
+        if path:
+            save(concept, path)
+            concept = load(path)
+    after = picture(*applying.apply(model, clip, concept), vae, prompt.format(word), size, settings.seed)
+    if path:
+        pictures = {"before": before, "after": after}
+        pictures = {name: (p.clamp(0, 1) * 255).round().byte().contiguous() for name, p in pictures.items()}
+        write(seen, safetensors.torch.save(pictures))
+    return concept, before, after

@@ -1,0 +1,265 @@
+"""Quick Tune: one picture in, a concept out (Perfusion, arXiv 2305.01644, §4; spec of the sources in the README).
+
+Learnt are the word embedding v* and one value output o* per projection. Keys are locked to the superclass and C, i* and
+every weight stay out of reach of the gradient. i* follows the encoding of the word: i* ← .99 i* + .01 mean(e), once per
+optimiser step.
+
+    e = encode(templates(v*))             once per step, one backward through the text encoder
+    for each of the batch: loss = Σ m (ε̂ − ε)² / Σ m     gradients add up; memory is that of one picture
+    AdamW: {o*: lr .03}, {v*: lr .006}    no weight decay
+
+Letters: b batch · n tokens · m pictures · d text width · c h w latent.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import key_lock
+from .concept import Concept, check_word
+from .host import Host
+
+TEMPLATES = (
+    "a photo of a {}", "a good photo of a {}", "the photo of a {}", "a good photo of the {}", "image of a {}",
+    "image of the {}", "a photograph of {}", "a {} shown in a photo", "a photo of {}",
+)
+SMALLEST = 64  # pixels a side, of pictures and of what is trained on
+EMA = 0.99
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of one tune."""
+
+    steps: int = 150
+    batch: int = 4
+    seed: int = 0
+    resolution: int = 512  # pixels: the square root of the area that a picture is scaled to
+    mirror: bool = False
+    learning_rate: float = 0.03  # of the value outputs
+    embedding_learning_rate: float = 0.006
+    templates: tuple[str, ...] = TEMPLATES
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step tells the one who watches."""
+
+    step: int  # steps done
+    steps: int
+    losses: list[float]
+    seconds_left: float
+
+
+class Diverged(ValueError):
+    """Learning went wrong; the last good concept was handed to `keep`."""
+
+
+def check(images: Tensor | None, mask: Tensor | None, settings: Tuning):
+    """Raise ValueError with a sentence for input that cannot be learnt from."""
+    if images is None or len(images) == 0:
+        raise ValueError("Quick Tune needs a picture of the thing to learn, and none came. Connect Load Image.")
+    _, height, width, channels = images.shape
+    if channels != 3:
+        raise ValueError(
+            f"The picture has {channels} channels and 3 were expected (RGB). For a cut-out with transparency put "
+            "Split Image with Alpha before Quick Tune, and connect its mask if the background should not be learnt."
+        )
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"The picture is {width}×{height} pixels; it needs at least {SMALLEST} on each side.")
+    if settings.steps < 1 or settings.batch < 1:
+        raise ValueError(f"Quick Tune needs at least one step and a batch of one; got {settings.steps} steps and a "
+                         f"batch of {settings.batch}.")
+    if settings.resolution < SMALLEST:
+        raise ValueError(f"The resolution is {settings.resolution}; it has to be at least {SMALLEST} pixels.")
+    bad = [t for t in settings.templates if t.count("{}") != 1]
+    if bad or not settings.templates:
+        raise ValueError("Each caption has to hold {} exactly once, where the concept's word goes, such as "
+                         f"'a photo of a {{}}'; got '{bad[0] if bad else 'no caption'}'.")
+    if mask is not None:
+        if mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
+            raise ValueError(
+                f"The mask is {mask.shape[2]}×{mask.shape[1]} ({len(mask)}), the picture {width}×{height} "
+                f"({len(images)}). They have to be of one size: use the mask of the same Load Image, or disconnect it "
+                "(a picture without transparency comes with an empty 64×64 mask)."
+            )
+        if (mask.flatten(1).amax(1) <= 0).any():
+            raise ValueError("The mask is empty, so there is nothing to learn from. Paint the thing, or disconnect it.")
+
+
+def fit(images: Tensor, resolution: int) -> Tensor:
+    """Images or masks (m, H, W, k) scaled, shape kept, to an area of about resolution², sides multiples of 64."""
+    _, height, width, _ = images.shape
+    scale = resolution / (height * width) ** 0.5
+    size = [max(SMALLEST, round(side * scale / 64) * 64) for side in (height, width)]
+    images = images.movedim(-1, 1).float()  # BHWC -> BCHW
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1).movedim(1, -1)
+
+
+def schedule(settings: Tuning, pictures: int, generator: torch.Generator):
+    """For every step a batch of (picture, template, time).
+
+    Times advance by the golden ratio from a random start, so any run of them, however short, is spread evenly
+    over [0, 1); pictures and templates take turns in a shuffled order.
+    """
+    n = settings.steps * settings.batch
+    times = (torch.rand((), generator=generator, dtype=torch.float64) + GOLDEN * torch.arange(n)) % 1
+    turns = [torch.cat([torch.randperm(k, generator=generator) for _ in range(n // k + 1)])[:n].tolist()
+             for k in (pictures, len(settings.templates))]
+    samples = list(zip(*turns, times.tolist()))
+    return [samples[i : i + settings.batch] for i in range(0, n, settings.batch)]
+
+
+def tune(
+    host: Host,
+    images: Tensor,
+    superclass: str,
+    word: str,
+    settings: Tuning = Tuning(),
+    mask: Tensor | None = None,
+    start: Concept | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    keep: Callable[[Concept], str] = lambda concept: "no file",
+) -> Concept:
+    """Learn a concept from images (m, H, W, 3) in 0..1 and optionally masks (m or 1, H, W).
+
+    `start` goes on from an earlier concept. `report` hears of every step. Whatever ends the loop early (a cancel, an
+    error, divergence), the last good concept goes to `keep`, which answers where it put it, and the model is left as
+    it was. Raises ValueError for bad input and Diverged. The same seed on the same machine gives the same concept.
+    """
+    check(images, mask, settings)
+    check_word(word)
+    superclass = superclass.strip()
+    embedding = start.embedding if start else host.embedding(superclass)
+    C_inv, covariance, statistics = host.inverse_covariance()
+    images = fit(images, settings.resolution)
+    weight = torch.ones_like(images[..., :1]) if mask is None else fit(
+        mask[..., None].expand(len(images), -1, -1, -1), settings.resolution)
+    if settings.mirror:
+        images, weight = torch.cat([images, images.flip(2)]), torch.cat([weight, weight.flip(2)])
+    latents = host.latents(images)
+    weight = F.interpolate(weight.movedim(-1, 1), latents.shape[2:], mode="area")  # BHWC -> BCHW, image -> latent
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def concept(losses) -> Concept:
+        tail = min(5, len(losses))
+        facts = {name: value for name, value in asdict(settings).items() if name != "templates"} | statistics | {
+            "steps": len(losses), "pictures": len(images), "mask": mask is not None, "templates": len(settings.templates),
+            "loss": [round(sum(part) / tail, 6) for part in (losses[:tail], losses[-tail:])],
+        }
+        return Concept(base=host.base, prediction=host.prediction, superclass=superclass, word=word,
+                       covariance=covariance, training=facts, **lesson.learnt())
+
+    with host.training(latents[:1]):
+        # clones: what was made under the host's inference mode cannot be saved for the way back
+        latents, weight = latents.clone().to(host.device), weight.clone().to(host.device)
+        lesson = Lesson(host, superclass, word, embedding, C_inv, settings, start)
+        losses, begun, last_good = [], time.monotonic(), None
+        try:
+            for sample in schedule(settings, len(latents), generator):
+                host.check()
+                losses.append(lesson.step(latents, weight, sample, generator))
+                trouble = what_is_wrong(losses) or lesson.what_is_wrong()
+                if trouble:
+                    raise Diverged(f"Learning stopped at step {len(losses)} of {settings.steps}: {trouble}.")
+                last_good = concept(losses)
+                left = (time.monotonic() - begun) / len(losses) * (settings.steps - len(losses))
+                report(Progress(len(losses), settings.steps, losses, left))
+        except BaseException as error:
+            where = keep(last_good) if last_good else "nowhere, as no step was finished"
+            if isinstance(error, Diverged):
+                error.args = (f"{error} The last good concept is kept in {where}. Queue again with fewer steps or a "
+                              "larger batch; if it stops at the first step, the model or the VAE gives NaN by itself.",)
+            raise
+        return last_good
+
+
+def what_is_wrong(losses: list[float]) -> str:
+    """Why these losses say that learning failed, or nothing."""
+    if not math.isfinite(losses[-1]):
+        return "the loss is not a number"
+    early, late = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    if len(losses) >= 10 and late > 4 * early:
+        return f"the loss has grown from {early:.3f} to {late:.3f}"
+    return ""
+
+
+class Lesson:
+    """What is being learnt, and one step of learning it."""
+
+    def __init__(self, host: Host, superclass: str, word: str, embedding, C_inv: Tensor, settings: Tuning, start):
+        self.host, self.superclass, self.word, self.C_inv, self.settings = host, superclass, word, C_inv, settings
+        self.embedding = {name: v.clone().to(host.device).requires_grad_() for name, v in embedding.items()}
+        values = {name: module for name, module in host.projections.items() if name.endswith("to_v")}
+        if start:
+            self.target_input, self.key_input, outputs = start.target_input, start.key_input, start.target_output
+        else:
+            with torch.no_grad():
+                prompts = [t.format(word) for t in settings.templates]
+                context, at = host.encode(prompts, word, self.embedding)
+                mean = context[torch.arange(len(at)), at].mean(0).float()
+                outputs = {name: module(mean[None].to(host.dtype))[0] for name, module in values.items()}
+            self.target_input = self.key_input = mean
+        self.target_input, self.key_input = (i.clone().to(host.device) for i in (self.target_input, self.key_input))
+        self.target_output = {name: o.float().to(host.device)[None].clone().requires_grad_()
+                              for name, o in outputs.items()}
+        self.optimizer = torch.optim.AdamW([
+            {"params": list(self.target_output.values()), "lr": settings.learning_rate},
+            {"params": list(self.embedding.values()), "lr": settings.embedding_learning_rate},
+        ], weight_decay=0)
+        self.scaler = torch.amp.GradScaler(host.device.type, 2.0**10, enabled=host.dtype == torch.float16)
+
+    def edit(self) -> key_lock.Edit:
+        """The edit of a prompt that holds the word, with the gate that the paper trains with."""
+        one = torch.ones(1, 1, device=self.host.device)
+        direction, _ = key_lock.direction(self.C_inv, self.target_input.cpu())
+        return key_lock.Edit(
+            self.target_input[None], self.key_input[None], direction.float().to(one.device)[None],
+            one[0] * key_lock.TRAIN_BIAS, one[0] * key_lock.TRAIN_TEMPERATURE, self.target_output, one, one.expand(2, 1, 1),
+        )
+
+    def step(self, latents: Tensor, weight: Tensor, sample, generator: torch.Generator) -> float:
+        """One optimiser step over a batch of (picture, template, time); the mean loss."""
+        host, settings, total = self.host, self.settings, 0.0
+        templates = [settings.templates[template] for _, template, _ in sample]
+        context, at = host.encode([t.format(self.word) for t in templates], self.word, self.embedding)
+        leaf = context.detach().requires_grad_()
+        with key_lock.edited(host.projections, self.edit()) as meet:
+            for k, (picture, _, t) in enumerate(sample):
+                x, m = latents[picture : picture + 1], weight[picture : picture + 1]
+                noise = torch.randn(x.shape, generator=generator).to(x.device)
+                row = leaf[k : k + 1].to(host.dtype)
+                meet(row)
+                errors = host.errors(x, noise, torch.tensor([t], device=x.device), row,
+                                     templates[k].format(self.superclass))
+                loss = (m * errors).mean(1).sum() / m.sum() / len(sample)
+                self.scaler.scale(loss).backward()
+                total += loss.item()
+        context.backward(leaf.grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        now = context.detach()[torch.arange(len(at)), at].mean(0)
+        self.target_input = EMA * self.target_input + (1 - EMA) * now
+        return total
+
+    def what_is_wrong(self) -> str:
+        """Why what was learnt is no longer usable, or nothing."""
+        learnt = [*self.embedding.values(), *self.target_output.values(), self.target_input]
+        return "" if all(t.isfinite().all() for t in learnt) else "what was learnt is no longer a number"
+
+    def learnt(self) -> dict:
+        """The tensors of the concept as they are now, as copies in fp32 on the CPU."""
+        direction, energy = key_lock.direction(self.C_inv, self.target_input.cpu())
+        return {
+            "embedding": {name: v.detach().cpu().clone() for name, v in self.embedding.items()},
+            "target_input": self.target_input.cpu(), "key_input": self.key_input.cpu(), "direction": direction.float(),
+            "target_output": {name: o.detach()[0].cpu().clone() for name, o in self.target_output.items()},
+            "energy": energy,
+        }
