@@ -1,0 +1,17 @@
+"""The nodes, in the order in which an artist meets them."""
+
+from comfy_api.latest import ComfyExtension
+
+from .concept import ApplyConcept, GateStrength, LoadConcept, SaveConcept
+from .folders import register
+from .learn import QuickTune
+
+
+class PerfusionExtension(ComfyExtension):
+    async def get_node_list(self):
+        return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept]
+
+
+async def comfy_entrypoint() -> PerfusionExtension:
+    register()
+    return PerfusionExtension()

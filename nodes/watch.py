@@ -1,0 +1,89 @@
+"""What the node shows while it works: time left, the loss curve, and the picture before and after."""
+
+import base64
+import io as bytes_io
+
+import numpy as np
+import torch
+from comfy.utils import ProgressBar
+from PIL import Image, ImageDraw
+from server import PromptServer
+
+SIDE = 256  # pixels of each part of the strip
+
+
+def tell(node_id: str, text: str):
+    """Show a line of text under the node."""
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """The first of images (m, H, W, 3) in 0..1."""
+    return Image.fromarray((image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def jpeg(image: torch.Tensor) -> str:
+    """Base64 of a small JPEG of an image (m, H, W, 3) in 0..1."""
+    picture, out = to_pil(image), bytes_io.BytesIO()
+    picture.thumbnail((SIDE, SIDE))
+    picture.save(out, "JPEG", quality=85)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def curve(losses: list[float], steps: int) -> Image.Image:
+    """The loss of each step so far, and its running mean, over the steps to come."""
+    picture = Image.new("RGB", (SIDE, SIDE), "#202020")
+    draw = ImageDraw.Draw(picture)
+    low, high = min(losses), max(losses)
+    height = (high - low) or 1.0
+    mean = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+    for values, colour, width in ((losses, "#606060", 1), (mean, "#f0a030", 3)):
+        points = [(8 + (SIDE - 16) * i / max(1, steps - 1), SIDE - 24 - (SIDE - 48) * (v - low) / height)
+                  for i, v in enumerate(values)]
+        draw.line(points * (2 if len(points) == 1 else 1), colour, width)
+    draw.text((8, 4), f"loss {mean[-1]:.4f}", "white")
+    draw.text((8, SIDE - 18), f"step {len(losses)} of {steps}", "white")
+    return picture
+
+
+def strip(*pictures: Image.Image) -> Image.Image:
+    """Pictures side by side, each fitted into a square."""
+    sheet = Image.new("RGB", (SIDE * len(pictures), SIDE), "#202020")
+    for i, picture in enumerate(pictures):
+        picture = picture.copy()
+        picture.thumbnail((SIDE, SIDE))
+        sheet.paste(picture, (i * SIDE + (SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+    return sheet
+
+
+class Watch:
+    """Listens to a tune on behalf of a node, and draws what it hears."""
+
+    def __init__(self, node_id: str, images: torch.Tensor | None):
+        self.node_id, self.before, self.losses, self.steps = node_id, None, [], 0
+        self.photo = to_pil(images) if images is not None and len(images) else None
+        self.bar = ProgressBar(1, node_id=node_id)
+
+    def captions(self, done: int, total: int):
+        """The covariance is being computed."""
+        tell(self.node_id, f"Reading captions, once for this text encoder: {done} of {total}")
+        self.bar.update_absolute(done, total)
+
+    def picture(self, before: torch.Tensor):
+        """What the model makes of the superclass word, before it has learnt anything."""
+        self.before = to_pil(before)
+
+    def step(self, progress):
+        """A step is done."""
+        self.losses, self.steps = progress.losses, progress.steps
+        left = progress.seconds_left
+        tell(self.node_id, f"Step {progress.step} of {progress.steps}, "
+                           f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left")
+        parts = [p for p in (self.photo, self.before) if p] + [curve(self.losses, self.steps)]
+        self.bar.update_absolute(progress.step, progress.steps, ("JPEG", strip(*parts), SIDE * len(parts)))
+
+    def result(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """The strip that stays on the node (1, H, W, 3): photo, before, after, and the curve if there is one."""
+        parts = [self.photo, to_pil(before), to_pil(after)]
+        sheet = strip(*parts, *([curve(self.losses, self.steps)] if self.losses else []))
+        return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]
