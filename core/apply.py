@@ -12,10 +12,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .concept import BASES, Concept
-from .key_lock import Edit, edited, joint, overlap
+from .key_lock import Edit, cosines, edited, joint, overlap, unit
 from .prompt import PRESENT, WORDS, Token, superclass_ids, tokenizers, with_word
 
 KEY = "perfusion"
+MOST = 8  # concepts in one picture; what is prepared for their subsets doubles with each
 FAMILIES = {"SD15": "sd1", "SD20": "sd2", "SDXL": "sdxl"}  # the host's classes; fine-tunes and inpainting derive
 ENCODERS = {"sd1": {"clip_l"}, "sd2": {"clip_h"}, "sdxl": {"clip_l", "clip_g"}}
 
@@ -46,7 +47,7 @@ def check_clip(clip, base: str):
 def projections(diffusion_model) -> dict[str, torch.nn.Module]:
     """Every cross-attention `to_k` and `to_v` of a UNet by its dotted name (SD1.5: 32, SDXL: 140)."""
     return {
-        name: module
+        name.replace("_orig_mod.", ""): module  # torch.compile puts that before what it compiled
         for name, module in diffusion_model.named_modules()
         if name.endswith(("attn2.to_k", "attn2.to_v"))
     }
@@ -59,11 +60,12 @@ class ConceptWrapper:
         self.concepts, self.edit_negative = concepts, edit_negative
         stack = {name: torch.stack([getattr(c, name) for c in concepts])
                  for name in ("target_input", "key_input", "direction")}
+        stack["direction"] = unit(stack["direction"], stack["target_input"])
         M = overlap(stack["direction"], stack["target_input"])
-        cosine = (M * M.T).clamp_min(0).sqrt().fill_diagonal_(0)
-        if cosine.max() > 0.99:
+        closest = cosines(M).fill_diagonal_(0).max()
+        if closest > 0.99:
             logging.warning("Perfusion: two of the concepts are nearly the same to the text encoder "
-                            f"(cosine {cosine.max():.4f}); expect them to mix.")
+                            f"(cosine {closest:.4f}); expect them to mix.")
         self.fields = stack | {
             "bias": torch.tensor([c.gate_bias for c in concepts]),
             "temperature": torch.tensor([c.temperature for c in concepts]),
@@ -78,9 +80,9 @@ class ConceptWrapper:
         if self.edit_negative:
             present = torch.ones(1, len(self.concepts), device=x.device)
         elif present is not None:
-            none = torch.zeros(len(present), device=x.device)
+            none = present.new_zeros(len(present))
             columns = [present[:, words.index(c.word)] if c.word in words else none for c in self.concepts]
-            present = torch.stack(columns, dim=1).float()
+            present = torch.stack(columns, dim=1).to(x.device)  # the host leaves it on the CPU
         plain = (x, t, c_concat, c_crossattn, control, transformer_options)
         if present is None:
             return executor(*plain, **kwargs)
@@ -139,6 +141,8 @@ def apply(model, clip, concept: Concept, edit_negative: bool = False):
     clip = with_word(clip, concept.word, token)
     if concept.off:
         return model, clip
+    if len(applied(model)) == MOST:
+        raise ValueError(f"At most {MOST} concepts work together in one picture. Remove one of them.")
     wrapper = ConceptWrapper((*applied(model), concept), edit_negative or any(
         w.edit_negative for w in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)))
     model = model.clone()

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -107,8 +106,8 @@ def dump(concept: Concept) -> bytes:
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(
-                f"'{name}' of {concept.word} holds values that its file cannot (NaN, infinite or beyond 65504): learning "
-                "diverged. Nothing was saved; tune the concept again with fewer steps or another seed."
+                f"'{name}' of {concept.word} holds values that its file cannot (NaN, infinite or beyond 65504): "
+                "learning diverged. Nothing was saved; tune the concept again with fewer steps or another seed."
             )
     data = safetensors.torch.save(tensors)  # without metadata, which it would write in a random order
     end = 8 + struct.unpack("<Q", data[:8])[0]
@@ -139,7 +138,9 @@ def parse(data: bytes, name: str) -> Concept:
         facts |= {"training": dict(json.loads(metadata["training"])), "temperature": float(gate["temperature"])}
         facts["bias"] = None if gate["bias"] is None else float(gate["bias"])
         numbers = facts["strength"], facts["energy"], facts["temperature"], facts["bias"] or 0.0
-        if facts["base"] not in BASES or not all(map(math.isfinite, numbers)) or facts["temperature"] <= 0:
+        in_range = 0 <= facts["strength"] <= 1 and facts["energy"] > 0 and facts["temperature"] > 0
+        known = facts["base"] in BASES and facts["superclass"]
+        if not known or not in_range or not all(map(math.isfinite, numbers)):
             raise ValueError("a value is out of range")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"The facts stored in '{name}' are damaged ({error}). {again}") from error
@@ -148,24 +149,29 @@ def parse(data: bytes, name: str) -> Concept:
 
 def _assemble(tensors: dict[str, Tensor], facts: dict, name: str, again: str) -> Concept:
     unknown = [key for key in tensors if not TENSOR.fullmatch(key)]
-    missing = [key for key in ("target_input", "key_input", "direction") if key not in tensors]
+    kinds = {key.partition(".")[0] for key in tensors}
+    missing = {"embedding", "target_input", "key_input", "direction", "target_output"} - kinds
     if unknown or missing:
-        raise ValueError(f"'{name}' lacks {missing or 'nothing'} and holds unknown {unknown or 'nothing'}. {again}")
+        raise ValueError(f"'{name}' lacks {sorted(missing) or 'nothing'} and holds unknown {unknown or 'nothing'}. "
+                         f"{again}")
     tensors = {key: t.float() for key, t in tensors.items()}
-    width = tensors["target_input"].shape
     for key, t in tensors.items():
-        if t.ndim != 1 or (key in ("key_input", "direction") and t.shape != width):
+        if t.ndim != 1:
             raise ValueError(f"'{key}' in '{name}' has shape {tuple(t.shape)}, a vector was expected. {again}")
         if not t.isfinite().all():
             raise ValueError(f"'{key}' in '{name}' holds values that are not numbers (NaN or infinite). {again}")
-    scale = tensors["direction"] @ tensors["target_input"]
-    if scale.abs() < 0.5:
+    widths = [len(tensors[key]) for key in ("target_input", "key_input", "direction")]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"Target input, key input and direction in '{name}' should have one width, they have {widths}. {again}"
+        )
+    if not 0.5 < tensors["direction"] @ tensors["target_input"] < 2:  # 1 but for fp16
         raise ValueError(f"The direction in '{name}' does not belong to its target input. {again}")
     return Concept(
         embedding={key.removeprefix("embedding."): t for key, t in tensors.items() if key.startswith("embedding.")},
         target_input=tensors["target_input"],
         key_input=tensors["key_input"],
-        direction=tensors["direction"] / scale,  # similarity 1 at i* again, after fp16
+        direction=tensors["direction"],
         target_output={
             key.removeprefix("target_output."): t for key, t in tensors.items() if key.startswith("target_output.")
         },

@@ -22,7 +22,7 @@ from torch import Tensor
 
 TRAIN_BIAS, TRAIN_TEMPERATURE = 0.75, 0.10  # the paper's, while learning
 TEMPERATURE = 0.15  # the paper's, while making pictures
-COLLINEAR = 1 - 1e-5
+APART = 1e-5  # of 1 − cosine: less, and two concepts are one to the text encoder
 
 
 def bias_of(strength: float) -> float:
@@ -67,20 +67,32 @@ def direction(inverse: Tensor, target_input: Tensor) -> tuple[Tensor, float]:
     return p / energy, energy.item()
 
 
+def unit(directions: Tensor, target_inputs: Tensor) -> Tensor:
+    """Directions (j, d) whose similarity at their own i* (j, d) is 1 again, after a file has rounded both to fp16."""
+    return directions / (directions * target_inputs).sum(-1, keepdim=True)
+
+
 def gate(similarity: Tensor, bias, temperature) -> Tensor:
     """σ((s − β) / τ): eq. 3's soft gate, of any shape that broadcasts."""
     return torch.sigmoid((similarity - bias) / temperature)
 
 
+def cosines(M: Tensor) -> Tensor:
+    """Cosines (j, j) of the concepts' i* under C⁻¹, from their overlap M."""
+    return torch.sign(M) * (M * M.T).clamp_min(0).sqrt()
+
+
 def overlap(directions: Tensor, target_inputs: Tensor) -> Tensor:
-    """M (j, j) in fp64: dⱼ · iₖ. Raises ValueError where two of the (j, d) concepts point the same way."""
+    """M (j, j) in fp64: dⱼ · iₖ. Raises ValueError where one of the (j, d) concepts is another one, or a mixture."""
     M = directions.double() @ target_inputs.double().T
-    cosine = (M * M.T).clamp_min(0).sqrt().fill_diagonal_(0)  # of i*ⱼ and i*ₖ under C⁻¹
-    if cosine.max() >= COLLINEAR:
-        a, b = divmod(cosine.argmax().item(), len(M))
+    R = cosines(M)
+    if torch.linalg.eigvalsh(R)[0] <= APART:  # 1 − cosine, for two
+        closest = R.abs().fill_diagonal_(0)
+        a, b = sorted(divmod(closest.argmax().item(), len(M)))
         raise ValueError(
-            f"Concepts {min(a, b) + 1} and {max(a, b) + 1} are the same to the text encoder (cosine {cosine.max():.6f}), "
-            "so they cannot be told apart in one picture. Remove one, or tune one of them again with another seed."
+            f"Concepts {a + 1} and {b + 1} are the same to the text encoder (cosine {closest.max():.6f}), or one of "
+            f"the {len(M)} is a mixture of the others, so they cannot be told apart in one picture. Remove one, or "
+            "tune one of them again with another seed."
         )
     return M
 
@@ -120,7 +132,7 @@ class Edit:
     joint: Tensor  # (2^j, j, j)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What keys read (b, n, d), what values read (b, n, d), both in x's dtype, and the gates (b, n, j) in its own."""
+        """What keys read and what values read, both (b, n, d) in x's dtype, and the gates (b, n, j) in the edit's."""
         full = x.to(self.direction.dtype)
         present = self.present[:, None]  # (b, 1, j)
         s = full @ self.direction.T  # (b, n, j)

@@ -1,0 +1,36 @@
+"""Tests import the pack as `perfusion.core` and `perfusion.nodes`, with ComfyUI beside it where it is found."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+spec = importlib.util.spec_from_file_location("comfy_beside", HERE.parent / "headless" / "comfy.py")
+beside = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(beside)
+
+COMFY = beside.enter(cpu=True)
+collect_ignore = []
+if not COMFY:
+    collect_ignore = [p.name for p in HERE.glob("test_*.py") if "pytest.mark.host" in p.read_text(encoding="utf-8")]
+    warnings.warn(f"EVERY TEST AGAINST THE REAL HOST IS SKIPPED: {beside.MISSING}", stacklevel=1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Loads a tiny random checkpoint of a kind (see checkpoints.py) anew, as the stock loader does."""
+    import checkpoints
+
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoints.register()
+
+    def load(kind):
+        path = folder / f"{kind}.safetensors"
+        if not path.exists():
+            checkpoints.save_tiny(kind, path)
+        return checkpoints.load(path)
+
+    yield load
+    checkpoints.unregister()
