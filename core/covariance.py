@@ -7,10 +7,11 @@ give similarities to within .006 (simulated from the covariance that perfusion-p
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from .concept import write
@@ -59,8 +60,8 @@ def inverse_of(
             progress(len(lines), len(lines))
 
         C, tokens = second_moment(encodings())
-        write(path, safetensors.torch.save({"covariance": C.float().cpu(), "tokens": C.new_tensor(tokens).long().cpu()}))
         C = C.float().cpu()
+        write(path, safetensors.torch.save({"covariance": C, "tokens": torch.tensor(tokens)}))
     ridge = 0.0 if tokens >= ENOUGH * len(C) else RIDGE
     if ridge:
         logging.warning(f"Perfusion: {len(lines)} captions ({tokens} tokens) are few for a text width of {len(C)}; "

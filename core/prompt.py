@@ -20,7 +20,7 @@ WORDS, PRESENT = "perfusion_words", "perfusion_gate"  # names in the conditionin
 
 @dataclass(frozen=True)
 class Token:
-    """What stands for a word: per text encoder a vector (d), or none while the concept is off, and the superclass id."""
+    """What stands for a word: per text encoder a vector (d), or none if the concept is off, and the superclass id."""
 
     vector: dict[str, Tensor]
     superclass: dict[str, int]

@@ -121,7 +121,7 @@ class SaveConcept(io.ComfyNode):
             inputs=[
                 Concept.Input("concept", tooltip="What Quick Tune learnt."),
                 io.String.Input("name", default="concept",
-                                tooltip="The file's name. Another concept of that name is kept; this one gets a number."),
+                                tooltip="The file's name. It is numbered where another concept has it already."),
                 io.Image.Input("cover", optional=True,
                                tooltip="A small picture stored in the file, shown in the model library."),
             ],

@@ -1,0 +1,63 @@
+# make demo · make test · make test-full · make bench-speed · make comfy · make lint
+#
+# .venv is for development only; inside ComfyUI the pack needs nothing beyond what ComfyUI installs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+FOUND = $(shell $(PYTHON) -m headless.comfy)
+COMFYUI_REPOSITORY ?= https://github.com/comfyanonymous/ComfyUI
+COMFYUI_VERSION ?= v0.33.0
+RUN = PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest
+
+.PHONY: setup comfyui test test-full bench-speed demo comfy lint clean
+
+setup: .venv/ready comfyui
+
+.venv/ready: requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints.txt
+	$(BIN)/pip install --quiet --no-deps perfusion-pytorch==0.1.23  # the oracle; its open_clip is not needed
+	touch $@
+
+# Where ComfyUI is not at $$COMFYUI_PATH, in the pack's own parent or at ~/comfy/ComfyUI, it is cloned.
+comfyui: .venv/ready
+	@if [ -z "$(FOUND)" ]; then \
+	  git clone --quiet --depth 1 --branch $(COMFYUI_VERSION) $(COMFYUI_REPOSITORY) build/ComfyUI \
+	  || { rm -rf build/ComfyUI; echo "!!! COMFYUI WAS NOT FOUND AND COULD NOT BE CLONED: ALL TESTS AGAINST THE REAL HOST ARE SKIPPED !!!"; }; \
+	fi
+	@comfy=$$($(PYTHON) -m headless.comfy); \
+	if [ -n "$$comfy" ] && ! cmp -s "$$comfy/requirements.txt" .venv/comfyui-requirements.txt; then \
+	  $(BIN)/pip install --quiet -r "$$comfy/requirements.txt" -c constraints.txt \
+	  && cp "$$comfy/requirements.txt" .venv/comfyui-requirements.txt; \
+	fi
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(RUN) -m "not full"
+	OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py -k "sd1" --exitfirst
+
+test-full: setup
+	OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py
+
+bench-speed: setup
+	$(BIN)/python -m bench.speed
+
+# A full-size SD1.5 of random weights shows that everything runs, and how long it takes; its pictures are noise.
+# With a checkpoint of your own: make demo CHECKPOINT=v1-5-pruned.safetensors CAPTIONS=4096 STEPS=150
+CHECKPOINT ?= build/sd1-random.safetensors
+CAPTIONS ?= 64
+STEPS ?= 3
+
+build/sd1-random.safetensors:
+	$(BIN)/python -m tests.checkpoints sd1 $@
+
+demo: setup $(CHECKPOINT)
+	$(BIN)/python -m headless demo $(CHECKPOINT) --captions $(CAPTIONS) --steps $(STEPS)
+
+comfy: setup
+	$(BIN)/python -m headless comfy
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,198 @@
+"""The pack in ComfyUI's real server: the artist's first graph, a re-queue, a cancel, and a mistake."""
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.host
+HERE = Path(__file__).parent
+REGISTER = """import sys
+sys.path.append({here!r})
+import checkpoints
+checkpoints.register()
+NODE_CLASS_MAPPINGS = {{}}
+"""
+
+
+class Server:
+    """Speaks to a running ComfyUI."""
+
+    def __init__(self, port, base):
+        self.url, self.base = f"http://127.0.0.1:{port}", base
+
+    def call(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def queue(self, graph):
+        return self.call("/prompt", {"prompt": graph})["prompt_id"]
+
+    def wait(self, prompt_id, seconds=180):
+        for _ in range(seconds * 10):
+            history = self.call(f"/history/{prompt_id}")
+            if history:
+                run = history[prompt_id]
+                errors = [m[1] for m in run["status"]["messages"] if m[0] == "execution_error"]
+                return run["status"]["status_str"], run["outputs"], errors
+            time.sleep(0.1)
+        raise AssertionError("the run did not end")
+
+    def run(self, graph):
+        return self.wait(self.queue(graph))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    from PIL import Image
+    from skimage import data
+
+    from perfusion.headless.comfy import serve
+
+    import checkpoints
+
+    base = tmp_path_factory.mktemp("server")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (base / "custom_nodes" / "tiny").mkdir(parents=True)
+    (base / "custom_nodes" / "tiny" / "__init__.py").write_text(REGISTER.format(here=str(HERE)))
+    (base / "models" / "checkpoints").mkdir(parents=True)
+    checkpoints.register()
+    checkpoints.save_tiny("sd1", base / "models" / "checkpoints" / "tiny.safetensors")
+    checkpoints.unregister()
+    captions = (HERE.parent / "core" / "captions.txt").read_text(encoding="utf-8").splitlines()
+    (base / "models" / "perfusion").mkdir()
+    (base / "models" / "perfusion" / "captions.txt").write_text("\n".join(captions[:256]), encoding="utf-8")
+    (base / "input").mkdir()
+    Image.fromarray(data.chelsea()).save(base / "input" / "cat.png")
+    process = serve(base, port)
+    talk = Server(port, base)
+    for _ in range(600):
+        try:
+            talk.call("/system_stats")
+            break
+        except (urllib.error.URLError, ConnectionError):
+            assert process.poll() is None, "the server ended"
+            time.sleep(0.2)
+    yield talk
+    process.terminate()
+    process.wait(20)
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def graph(seed=1, steps=4, strength=0.8, text="a photo of <mimi>, in the snow"):
+    """Load, tune, save, dial, apply, encode, sample: the stock nodes and ours."""
+    return {
+        "1": node("CheckpointLoaderSimple", ckpt_name="tiny.safetensors"),
+        "2": node("LoadImage", image="cat.png"),
+        "3": node("PerfusionQuickTune", model=["1", 0], clip=["1", 1], vae=["1", 2], image=["2", 0], superclass="cat",
+                  word="<mimi>", steps=steps, seed=seed, resolution=64, batch=1, mirror=False),
+        "4": node("PerfusionSaveConcept", concept=["3", 0], name="mimi", cover=["2", 0]),
+        "5": node("PerfusionGateStrength", concept=["3", 0], strength=strength, bias_mode="slider", bias=0.7,
+                  temperature=0.15),
+        "6": node("PerfusionApplyConcept", model=["1", 0], clip=["1", 1], concept=["5", 0], edit_negative=False),
+        "7": node("CLIPTextEncode", clip=["6", 1], text=text),
+        "8": node("CLIPTextEncode", clip=["6", 1], text="blurry"),
+        "9": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "10": node("KSampler", model=["6", 0], positive=["7", 0], negative=["8", 0], latent_image=["9", 0], seed=7,
+                   steps=2, cfg=5, sampler_name="euler", scheduler="normal", denoise=1),
+        "11": node("VAEDecode", samples=["10", 0], vae=["1", 2]),
+        "12": node("SaveImage", images=["11", 0], filename_prefix="picture"),
+    }
+
+
+def saved_picture(server, outputs):
+    from PIL import Image
+
+    name = outputs["12"]["images"][0]["filename"]
+    return Image.open(server.base / "output" / name).convert("RGB").tobytes()
+
+
+def test_one_picture_in_a_concept_out_and_the_concept_in_a_picture(server):
+    status, outputs, errors = server.run(graph())
+    assert status == "success", errors
+    assert outputs["3"]["images"], "the node shows the strip: photo, before, after, loss"
+    assert outputs["4"]["text"][0].startswith("Saved mimi.safetensors")
+    assert (server.base / "output/perfusion/mimi.safetensors").stat().st_size < 40 * 1024
+
+    # without a restart it is in the loader's list, and applied from the file it gives the same picture
+    listed = server.call("/object_info/PerfusionLoadConcept")["PerfusionLoadConcept"]["input"]["required"]
+    assert "mimi.safetensors" in (listed["concept_name"][1].get("options") or listed["concept_name"][0])
+    from_file = {name: n for name, n in graph().items() if name not in ("2", "3", "4")}
+    from_file["3"] = node("PerfusionLoadConcept", concept_name="mimi.safetensors", embedded="", sha256="")
+    status, from_outputs, errors = server.run(from_file)
+    assert status == "success", errors
+    assert saved_picture(server, from_outputs) == saved_picture(server, outputs)
+
+
+def test_strength_zero_makes_the_picture_of_the_superclass_word(server):
+    _, off, errors = server.run(graph(strength=0))
+    assert not errors
+    plain = {name: n for name, n in graph().items() if name in ("1", "9", "10", "11", "12")}
+    plain["7"] = node("CLIPTextEncode", clip=["1", 1], text="a photo of cat, in the snow")
+    plain["8"] = node("CLIPTextEncode", clip=["1", 1], text="blurry")
+    plain["10"] = node("KSampler", **{**plain["10"]["inputs"], "model": ["1", 0]})
+    _, base, errors = server.run(plain)
+    assert not errors
+    assert saved_picture(server, off) == saved_picture(server, base)
+
+
+def test_a_tune_is_found_on_disk_after_the_host_has_forgotten_it(server):
+    def kept():
+        return {path: path.stat().st_mtime_ns for path in (server.base / "models/perfusion/cache").iterdir()}
+
+    server.run(graph(seed=3))
+    before = kept()
+    server.call("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1)
+    status, outputs, errors = server.run(graph(seed=3))
+    assert status == "success", errors
+    assert kept() == before, "learning again would have written again"
+    assert outputs["3"]["images"]
+
+
+def test_a_cancel_keeps_what_was_learnt_and_leaves_the_model_as_it_was(server):
+    _, before, _ = server.run(graph(seed=1))
+    running = server.queue(graph(seed=5, steps=2000))
+    folder = server.base / "output" / "perfusion"
+    time.sleep(4)
+    server.call("/interrupt", {})
+    status, _, errors = server.wait(running)
+    assert status == "error" and not errors, "an interrupt, not an exception"
+    stopped = list(folder.glob("mimi-stopped-at-*.safetensors"))
+    assert len(stopped) == 1
+    listed = server.call("/object_info/PerfusionLoadConcept")["PerfusionLoadConcept"]["input"]["required"]
+    assert stopped[0].name in (listed["concept_name"][1].get("options") or listed["concept_name"][0])
+    again = {**graph(seed=1), "9": node("EmptyLatentImage", width=64, height=64, batch_size=1)}
+    again["12"] = node("SaveImage", images=["11", 0], filename_prefix="again")
+    status, after, errors = server.run(again)
+    assert status == "success", errors
+    assert saved_picture(server, after) == saved_picture(server, before)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"superclass": "big cat"}, "one plain word"),
+    ({"superclass": ""}, "one plain word"),
+    ({"word": "cat"}, "angle brackets"),
+])
+def test_a_mistake_gets_a_sentence_on_the_node(server, change, sentence):
+    wrong = graph(seed=11)
+    wrong["3"]["inputs"] |= change
+    status, _, errors = server.run(wrong)
+    assert status == "error"
+    assert errors[0]["node_id"] == "3" and sentence in errors[0]["exception_message"]
+
+
+def test_the_web_folder_is_served(server):
+    assert any("perfusion" in path for path in server.call("/extensions"))
