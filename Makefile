@@ -32,7 +32,7 @@ comfyui: .venv/ready
 	fi
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m "not full"
+	OMP_NUM_THREADS=1 $(RUN) -m "not full" tests
 	OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py -k "sd1" --exitfirst
 
 test-full: setup

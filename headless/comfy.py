@@ -32,6 +32,7 @@ def enter(cpu: bool = False) -> Path | None:
     if comfy:
         sys.path.insert(0, str(comfy))
         import comfy.options
+        import utils.install_util  # noqa: F401  before nodes.py puts comfy/, which has another utils, ahead on the path
 
         comfy.options.enable_args_parsing(False)  # this process's arguments are not ComfyUI's
         from comfy.cli_args import args

@@ -13,7 +13,7 @@ from .watch import jpeg, tell
 class LoadConcept(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        advanced = known(io.String.Input, advanced=True)
+        # web/load_concept.js hides the two strings, which are the workflow file's to carry
         return io.Schema(
             node_id="PerfusionLoadConcept",
             display_name="Load Perfusion Concept",
@@ -22,9 +22,9 @@ class LoadConcept(io.ComfyNode):
             inputs=[
                 io.Combo.Input("concept_name", options=folders.names(),
                                tooltip="The concept's file. What was just saved is in the list after pressing R."),
-                io.String.Input("embedded", default="", **advanced,
+                io.String.Input("embedded", default="",
                                 tooltip="The concept itself, where it travels inside the workflow. Leave it as it is."),
-                io.String.Input("sha256", default="", **advanced,
+                io.String.Input("sha256", default="",
                                 tooltip="Which file is meant, so that no other of the same name takes its place."),
             ],
             outputs=[
