@@ -77,17 +77,16 @@ class ConceptWrapper:
 
     def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         words, present = kwargs.pop(WORDS, ()), kwargs.pop(PRESENT, None)
+        if present is None:  # encoded by a CLIP that knows none of the words
+            words, present = (), torch.zeros(1, 0)
+        none = present.new_zeros(len(present))
+        columns = [present[:, words.index(c.word)] if c.word in words else none for c in self.concepts]
+        present = torch.stack(columns, dim=1)
         if self.edit_negative:
-            present = torch.ones(1, len(self.concepts), device=x.device)
-        elif present is not None:
-            none = present.new_zeros(len(present))
-            columns = [present[:, words.index(c.word)] if c.word in words else none for c in self.concepts]
-            present = torch.stack(columns, dim=1).to(x.device)  # the host leaves it on the CPU
-        plain = (x, t, c_concat, c_crossattn, control, transformer_options)
-        if present is None:
-            return executor(*plain, **kwargs)
-        with edited(projections(executor.class_obj.diffusion_model), self.edit(x.device, present)):
-            return executor(*plain, **kwargs)
+            present = present.where(present != 0, 1.0)
+        edit = self.edit(x.device, present.to(x.device))  # the host leaves the mark on the CPU
+        with edited(projections(executor.class_obj.diffusion_model), edit):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def edit(self, device, present) -> Edit:
         """The edit of all concepts for the rows of `present` (b, j), on a device."""
