@@ -101,6 +101,13 @@ def applied(model) -> tuple[Concept, ...]:
     return tuple(c for w in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for c in w.concepts)
 
 
+def plain(model):
+    """The MODEL without the concepts that it carries."""
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    return model
+
+
 def check(model, clip, concept: Concept):
     """Raise ValueError where the concept cannot work on this model and CLIP."""
     base = base_of(model)
@@ -144,7 +151,6 @@ def apply(model, clip, concept: Concept, edit_negative: bool = False):
         raise ValueError(f"At most {MOST} concepts work together in one picture. Remove one of them.")
     wrapper = ConceptWrapper((*applied(model), concept), edit_negative or any(
         w.edit_negative for w in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)))
-    model = model.clone()
-    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    model = plain(model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     return model, clip

@@ -19,12 +19,19 @@ def fingerprint(*parts) -> str:
     return sha.hexdigest()
 
 
+def exact(tensor: torch.Tensor) -> str:
+    """Hex SHA-256 of a tensor with every value, for pictures and masks: two may differ in one pixel."""
+    values = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
+    return hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + values.tobytes()).hexdigest()
+
+
 def _add(sha, part):
     if torch.is_tensor(part):
         sha.update(f"{tuple(part.shape)}{part.dtype}".encode())
         flat = part.detach().reshape(-1)
         sha.update(flat[:: max(1, len(flat) // SAMPLE)].float().cpu().numpy().tobytes())
     elif isinstance(part, dict):
+        sha.update(f"{len(part)}{{".encode())
         for key in sorted(part, key=str):
             _add(sha, (key, part[key]))
     elif isinstance(part, (list, tuple)):

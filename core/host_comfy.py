@@ -2,7 +2,8 @@
 
 ComfyUI runs nodes under inference mode, so the weights of a checkpoint that was loaded there cannot be saved for a
 backward pass: `without_inference` puts an equal clone in each one's place, bit for bit. The text encoder adds its
-residuals in place, which autograd allows inside `allow_mutation_on_saved_tensors` only, forward and backward alike.
+residuals in place, over what its norms have saved: `own_copies` lets each norm save a copy. (PyTorch's own remedy,
+`allow_mutation_on_saved_tensors`, tells tensors apart by their addresses and now and then hands back a wrong one.)
 """
 
 import logging
@@ -14,7 +15,7 @@ import comfy.model_management as memory
 import comfy.sample
 import safetensors.torch
 import torch
-from comfy.model_base import ModelType
+from comfy.model_sampling import V_PREDICTION
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,7 @@ from . import apply as applying
 from . import tune as tuning
 from .concept import check_word, dump, load, save, write
 from .covariance import captions, inverse_of
-from .fingerprint import fingerprint
+from .fingerprint import exact, fingerprint
 from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
 
 PREVIEW_STEPS, PREVIEW_CFG = 12, 6.0
@@ -30,7 +31,7 @@ TRAINING_OVER_SAMPLING = 9  # peak of forward and backward over what the host re
 
 
 def without_inference(module: torch.nn.Module):
-    """Replace inference tensors in a module by equal ordinary ones, in place; harmless where there are none."""
+    """Replace inference tensors in a module by equal ordinary ones, in place, and ask no weight for its gradient."""
     with torch.inference_mode(False):
         for m in module.modules():
             for name, p in m._parameters.items():
@@ -39,11 +40,21 @@ def without_inference(module: torch.nn.Module):
             for name, b in m._buffers.items():
                 if b is not None and b.is_inference():
                     m._buffers[name] = b.clone()
+        module.requires_grad_(False)  # 0.3.64 leaves that on in a UNet that was loaded outside a prompt
 
 
 def fixed(patcher):
     """A clone whose weights stay where they are: those that dynamic VRAM streams may be gone on the way back."""
     return patcher.clone(disable_dynamic=True) if getattr(patcher, "is_dynamic", bool)() else patcher.clone()
+
+
+def text_weights(clip) -> dict:
+    """The text encoder's weights, with their patches, without those that nothing reads.
+
+    A checkpoint may lack those, and the host leaves them as the memory was. Only SDXL reads a pooled answer, clip_g's.
+    """
+    unused = ("clip_l.transformer.text_projection", "clip_h.transformer.text_projection", "logit_scale")
+    return {name: w for name, w in clip.patcher.get_key_patches().items() if not any(u in name for u in unused)}
 
 
 def encode_chunks(encode, prompts: list[dict]) -> tuple[Tensor, list[list]]:
@@ -68,13 +79,28 @@ def checkpointed(diffusion_model):
         return forward
 
     blocks = [m for m in diffusion_model.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResBlock")]
+    own = [(block, vars(block).get("forward")) for block in blocks]
     try:
         for block in blocks:
             block.forward = again(block.forward)
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in own:
+            vars(block).pop("forward", None)
+            if forward:
+                block.forward = forward
+
+
+@contextmanager
+def own_copies(text):
+    """While open, the norms of a text encoder read copies, so that what they save for the way back stays as it is."""
+    norms = [m for m in text.modules() if isinstance(m, torch.nn.LayerNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].clone(), *inputs[1:])) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class ComfyHost:
@@ -85,8 +111,9 @@ class ComfyHost:
         applying.check_clip(clip, self.base)
         self.ids = superclass_ids(clip, superclass)
         self.source, self.clip, self.vae, self.folder, self.progress = model, clip, vae, folder, progress
-        self.prediction = "eps" if model.model.model_type == ModelType.EPS else "v"
-        self.device, self.dtype = model.load_device, model.model.get_dtype_inference()
+        self.prediction = "v" if isinstance(model.get_model_object("model_sampling"), V_PREDICTION) else "eps"
+        self.device = model.load_device
+        self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
         self.pooled = {}  # prompt -> what SDXL adds to the time embedding
 
     @contextmanager
@@ -103,7 +130,7 @@ class ComfyHost:
             self.projections = applying.projections(self.patcher.model.diffusion_model)
             tight = memory.get_free_memory(self.device) < need
             unet = checkpointed(self.patcher.model.diffusion_model) if tight else nullcontext()
-            with unet, torch.autograd.graph.allow_mutation_on_saved_tensors():
+            with unet, own_copies(self.text):
                 yield
 
     def latents(self, images: Tensor) -> Tensor:
@@ -116,10 +143,12 @@ class ComfyHost:
 
     def inverse_covariance(self) -> tuple[Tensor, str, dict]:
         def encode(lines):
-            x, tokens = encode_chunks(self.clip.encode_from_tokens, [self.clip.tokenize(line) for line in lines])
+            self.check()
+            found = [self.clip.tokenize(line, disable_weights=True) for line in lines]  # brackets are brackets here
+            x, tokens = encode_chunks(self.clip.encode_from_tokens, found)
             return [row[: self.end(chunk) + 1] for row, chunk in zip(x, tokens)]
 
-        key = fingerprint(self.clip.patcher.get_key_patches(), self.clip.layer_idx)
+        key = fingerprint(text_weights(self.clip), self.clip.layer_idx)
         return inverse_of(encode, key, captions(self.folder), self.folder, self.progress)
 
     def end(self, chunk) -> int:
@@ -180,24 +209,33 @@ def tune_key(model, clip, vae, *settings) -> str | None:
     """The cache key of a tune: everything that it depends on. None where the graph holds what cannot be hashed."""
     patches = {name: type(patch).__name__ for name, patch in model.object_patches.items()}
     wrappers = sorted({type(w).__name__ for kind in model.wrappers.values() for ws in kind.values() for w in ws})
-    unknown = [n for n in (*patches, *wrappers) if n not in ("manual_cast_dtype", "model_sampling", "ConceptWrapper")]
+    other = [name for p in (model, clip.patcher) for name in (*p.injections, *p.weight_wrapper_patches)]
+    known = "manual_cast_dtype", "model_sampling", "ConceptWrapper"
+    unknown = [name for name in (*patches, *wrappers, *other) if name not in known]
     if unknown:
         logging.info(f"Perfusion: the result is not kept for a re-queue, as {', '.join(unknown)} cannot be hashed.")
         return None
     sampling = model.get_model_object("model_sampling")
-    return fingerprint(model.get_key_patches(), clip.get_key_patches(), vae.patcher.get_key_patches(), clip.layer_idx,
-                       patches, wrappers, type(sampling).__name__, sampling.sigmas, *settings)
+    kinds = [kind.__name__ for kind in type(sampling).__mro__]
+    settings = [exact(part) if torch.is_tensor(part) else part for part in settings]  # one pixel of a mask counts
+    return fingerprint(model.get_key_patches(), text_weights(clip), vae.patcher.get_key_patches(), clip.layer_idx,
+                       patches, wrappers, kinds, sampling.sigmas, *settings)
 
 
 def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start, folder, watch, keep):
     """Learn a concept (see `tune.tune`), or find it on disk where the same was learnt before.
 
     `folder` keeps covariances and finished tunes. `watch` hears through captions(done, total), picture(before) and
-    step(progress). Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed.
+    step(progress). Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed. Concepts
+    that the model carries already take no part.
     """
+    model = applying.plain(model)
     tuning.check(images, mask, settings)
     check_word(word)
+    if start:
+        applying.check(model, clip, start)
     host = ComfyHost(model, clip, vae, superclass, folder, watch.captions)
+    with_word(clip, word, Token({}, host.ids))  # refuses a word that is taken, before any work
     key = tune_key(model, clip, vae, images, mask, superclass, word, asdict(settings), start and dump(start),
                    captions(folder))
     path = Path(folder) / "cache" / f"{key}.safetensors" if key else None

@@ -13,8 +13,8 @@ Letters: b batch · n tokens · m pictures · d text width · c h w latent.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ def check(images: Tensor | None, mask: Tensor | None, settings: Tuning):
     if mask is not None:
         if mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
             raise ValueError(
-                f"The mask is {mask.shape[2]}×{mask.shape[1]} ({len(mask)}), the picture {width}×{height} "
+                f"The mask is {'×'.join(map(str, mask.shape[:0:-1]))} ({len(mask)}), the picture {width}×{height} "
                 f"({len(images)}). They have to be of one size: use the mask of the same Load Image, or disconnect it "
                 "(a picture without transparency comes with an empty 64×64 mask)."
             )
@@ -150,7 +150,8 @@ def tune(
     def concept(losses) -> Concept:
         tail = min(5, len(losses))
         facts = {name: value for name, value in asdict(settings).items() if name != "templates"} | statistics | {
-            "steps": len(losses), "pictures": len(images), "mask": mask is not None, "templates": len(settings.templates),
+            "steps": len(losses), "pictures": len(images), "mask": mask is not None,
+            "templates": len(settings.templates),
             "loss": [round(sum(part) / tail, 6) for part in (losses[:tail], losses[-tail:])],
         }
         return Concept(base=host.base, prediction=host.prediction, superclass=superclass, word=word,
@@ -170,12 +171,12 @@ def tune(
                     raise Diverged(f"Learning stopped at step {len(losses)} of {settings.steps}: {trouble}.")
                 last_good = concept(losses)
                 left = (time.monotonic() - begun) / len(losses) * (settings.steps - len(losses))
-                report(Progress(len(losses), settings.steps, losses, left))
+                report(Progress(len(losses), settings.steps, losses[:], left))
         except BaseException as error:
-            where = keep(last_good) if last_good else "nowhere, as no step was finished"
+            kept = f"The last good concept is kept in {keep(last_good)}." if last_good else "There is none to keep yet."
             if isinstance(error, Diverged):
-                error.args = (f"{error} The last good concept is kept in {where}. Queue again with fewer steps or a "
-                              "larger batch; if it stops at the first step, the model or the VAE gives NaN by itself.",)
+                error.args = (f"{error} {kept} Queue again with fewer steps or a larger batch; if it stops at the "
+                              "first step, the model or the VAE gives NaN by itself.",)
             raise
         return last_good
 
@@ -221,7 +222,8 @@ class Lesson:
         direction, _ = key_lock.direction(self.C_inv, self.target_input.cpu())
         return key_lock.Edit(
             self.target_input[None], self.key_input[None], direction.float().to(one.device)[None],
-            one[0] * key_lock.TRAIN_BIAS, one[0] * key_lock.TRAIN_TEMPERATURE, self.target_output, one, one.expand(2, 1, 1),
+            one[0] * key_lock.TRAIN_BIAS, one[0] * key_lock.TRAIN_TEMPERATURE, self.target_output,
+            present=one, joint=one.expand(2, 1, 1),
         )
 
     def step(self, latents: Tensor, weight: Tensor, sample, generator: torch.Generator) -> float:
@@ -250,9 +252,10 @@ class Lesson:
         return total
 
     def what_is_wrong(self) -> str:
-        """Why what was learnt is no longer usable, or nothing."""
+        """Why what was learnt is no longer usable, or nothing. The file is in fp16."""
         learnt = [*self.embedding.values(), *self.target_output.values(), self.target_input]
-        return "" if all(t.isfinite().all() for t in learnt) else "what was learnt is no longer a number"
+        fits = all(t.half().isfinite().all() for t in learnt)
+        return "" if fits else "what was learnt is no longer a number that a file could hold"
 
     def learnt(self) -> dict:
         """The tensors of the concept as they are now, as copies in fp32 on the CPU."""

@@ -24,9 +24,9 @@ def tiny(tmp_path_factory):
     import checkpoints
 
     folder = tmp_path_factory.mktemp("tiny")
-    checkpoints.register()
 
     def load(kind):
+        checkpoints.register()
         path = folder / f"{kind}.safetensors"
         if not path.exists():
             checkpoints.save_tiny(kind, path)
