@@ -42,16 +42,17 @@ bench-speed: setup
 	$(BIN)/python -m bench.speed
 
 # A full-size SD1.5 of random weights shows that everything runs, and how long it takes; its pictures are noise.
-# With a checkpoint of your own: make demo CHECKPOINT=v1-5-pruned.safetensors CAPTIONS=4096 STEPS=150
+# With a checkpoint of your own: make demo CHECKPOINT=v1-5-pruned.safetensors CAPTIONS=4096 STEPS=150 RESOLUTION=512
 CHECKPOINT ?= build/sd1-random.safetensors
 CAPTIONS ?= 64
 STEPS ?= 3
+RESOLUTION ?= 128
 
 build/sd1-random.safetensors:
 	$(BIN)/python -m tests.checkpoints sd1 $@
 
 demo: setup $(CHECKPOINT)
-	$(BIN)/python -m headless demo $(CHECKPOINT) --captions $(CAPTIONS) --steps $(STEPS)
+	$(BIN)/python -m headless demo $(CHECKPOINT) --captions $(CAPTIONS) --steps $(STEPS) --resolution $(RESOLUTION)
 
 comfy: setup
 	$(BIN)/python -m headless comfy

@@ -56,7 +56,7 @@ def serve(base: Path, port: int, *extra: str) -> subprocess.Popen:
 
     command = [sys.executable, "main.py", "--base-directory", str(base), "--listen", "127.0.0.1", "--port", str(port),
                "--disable-auto-launch", "--use-pytorch-cross-attention", "--database-url", "sqlite:///:memory:",
-               *(() if torch.cuda.is_available() else ("--cpu",)), *extra]
+               *(() if torch.accelerator.is_available() else ("--cpu",)), *extra]
     return subprocess.Popen(command, cwd=comfy)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .comfy import MISSING, enter
 
@@ -23,10 +24,9 @@ class Console:
 
 def demo(arguments):
     """Quick Tune on a photograph that scikit-image ships, in ComfyUI, and the saved concept applied."""
-    if not enter():
+    if not enter(cpu=not torch.accelerator.is_available()):
         raise ValueError(MISSING)
     import comfy.sd
-    import torch
     from PIL import Image
     from skimage import data
 
