@@ -49,6 +49,7 @@ STEPS ?= 3
 RESOLUTION ?= 128
 
 build/sd1-random.safetensors:
+	mkdir -p build
 	$(BIN)/python -m tests.checkpoints sd1 $@
 
 demo: setup $(CHECKPOINT)

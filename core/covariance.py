@@ -12,6 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .concept import write
@@ -49,10 +50,10 @@ def inverse_of(
     """
     key = fingerprint(encoder, lines)
     path = Path(folder) / "covariance" / f"{key[:32]}.safetensors"
-    if path.exists():
+    try:
         stored = safetensors.torch.load_file(path)
         C, tokens = stored["covariance"], int(stored["tokens"])
-    else:
+    except (FileNotFoundError, SafetensorError):  # damaged is as good as absent
         def encodings():
             for i in range(0, len(lines), BATCH):
                 progress(i, len(lines))

@@ -25,11 +25,16 @@ def exact(tensor: torch.Tensor) -> str:
     return hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + values.tobytes()).hexdigest()
 
 
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Some values of a tensor, evenly strided."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLE)]
+
+
 def _add(sha, part):
     if torch.is_tensor(part):
         sha.update(f"{tuple(part.shape)}{part.dtype}".encode())
-        flat = part.detach().reshape(-1)
-        sha.update(flat[:: max(1, len(flat) // SAMPLE)].float().cpu().numpy().tobytes())
+        sha.update(sample(part).float().cpu().numpy().tobytes())
     elif isinstance(part, dict):
         sha.update(f"{len(part)}{{".encode())
         for key in sorted(part, key=str):

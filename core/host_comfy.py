@@ -8,27 +8,23 @@ residuals in place, over what its norms have saved: `own_copies` lets each norm 
 
 import logging
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from pathlib import Path
 
 import comfy.model_management as memory
 import comfy.sample
-import safetensors.torch
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_sampling import V_PREDICTION
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import apply as applying
-from . import tune as tuning
-from .concept import check_word, dump, load, save, write
 from .covariance import captions, inverse_of
-from .fingerprint import exact, fingerprint
+from .fingerprint import exact, fingerprint, sample
 from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
 
 PREVIEW_STEPS, PREVIEW_CFG = 12, 6.0
-# Peak of forward and backward over what the host reserves to sample the same latents: 2.4 measured with the formula that
-# it has for a CPU (SD1.5 at 256 and 512 px), 8.9 computed with the one for flash attention.
+# Peak of forward and backward over what the host reserves to sample the same latents: 2.4 measured with the formula
+# that it has for a CPU (SD1.5 at 256 and 512 px), 8.9 computed with the one for flash attention.
 TRAINING_OVER_SAMPLING = 9
 
 
@@ -51,12 +47,14 @@ def fixed(patcher):
 
 
 def text_weights(clip) -> dict:
-    """The text encoder's weights, with their patches, without those that nothing reads.
+    """What the fingerprint takes of a text encoder's weights and their patches, without those that nothing reads.
 
     A checkpoint may lack those, and the host leaves them as the memory was. Only SDXL reads a pooled answer, clip_g's.
     """
     unused = ("clip_l.transformer.text_projection", "clip_h.transformer.text_projection", "logit_scale")
-    return {name: w for name, w in clip.patcher.get_key_patches().items() if not any(u in name for u in unused)}
+    weights = {name: w for name, w in clip.patcher.get_key_patches().items() if not any(u in name for u in unused)}
+    # in fp16, as which most hosts load what others keep as the file has it: one encoder, one hash
+    return {name: (tuple(w.shape), sample(w).half(), patches) for name, ((w, _), *patches) in weights.items()}
 
 
 def encode_chunks(encode, prompts: list[dict]) -> tuple[Tensor, list[list]]:
@@ -120,9 +118,11 @@ class ComfyHost:
 
     @contextmanager
     def training(self, latents: Tensor):
-        self.patcher, text = fixed(self.source), fixed(self.clip.patcher)
-        need = self.patcher.memory_required([1, *latents.shape[1:]]) * TRAINING_OVER_SAMPLING
         with torch.inference_mode(False), torch.enable_grad():
+            self.patcher, text = fixed(self.source), fixed(self.clip.patcher)
+            need = self.patcher.memory_required([1, *latents.shape[1:]]) * TRAINING_OVER_SAMPLING
+            if any(p.is_inference() for patcher in (self.patcher, text) for p in patcher.model.parameters()):
+                memory.unload_all_models()  # unpins memory that belongs to the tensors which are about to go
             for patcher in (self.patcher, text):
                 without_inference(patcher.model)
             memory.load_models_gpu([self.patcher, text], memory_required=need, force_full_load=True)
@@ -161,10 +161,14 @@ class ComfyHost:
     def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         clip = with_word(self.clip, word, Token(embedding, self.ids))
         x, chunks = encode_chunks(lambda tokens: self.answer(tokens)[0], [clip.tokenize(prompt) for prompt in prompts])
-        at = [[k for k, (t, _) in enumerate(chunk) if torch.is_tensor(t)] for chunk in chunks]
+        vectors = [id(v) for v in embedding.values()]
+        at = [[k for k, (t, _) in enumerate(chunk) if id(t) in vectors] for chunk in chunks]
         for prompt, places in zip(prompts, at):
-            if len(places) != 1:
+            if not places:
                 raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens.")
+            if len(places) > 1:
+                raise ValueError(f"The caption '{prompt}' holds {word} {len(places)} times, and once is needed. Leave "
+                                 "only {} where the word goes.")
         return x.to(self.device), torch.tensor(at)[:, 0]
 
     def answer(self, tokens):
@@ -181,14 +185,17 @@ class ComfyHost:
         if prompt not in self.pooled:
             with torch.no_grad():
                 self.pooled[prompt] = self.answer(self.clip.tokenize(prompt))[1]
-        sigma = sampling.sigma(time * len(sampling.sigmas)).to(latents).clamp_min(0.01)
+        # noise levels by the host's own schedule: a distilled or continuous one counts its steps otherwise
+        sigma = torch.tensor([sampling.percent_to_sigma(1 - t) for t in time.tolist()]).to(latents).clamp_min(0.01)
         x = sampling.noise_scaling(sigma, noise, latents)
         conds = model.extra_conds(
             cross_attn=context, pooled_output=self.pooled[prompt], noise=x, latent_image=latents, device=x.device,
             width=x.shape[3] * 8, height=x.shape[2] * 8, prompt_type="positive",
         )
         conds = {name: c.process_cond(batch_size=b, area=None, device=x.device).cond for name, c in conds.items()}
-        denoised = model.apply_model(x, sigma, transformer_options={}, **conds | {"c_crossattn": context})
+        # flash and sage attention, if the user has chosen one, give no gradient
+        options = {"optimized_attention_override": lambda chosen, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+        denoised = model.apply_model(x, sigma, transformer_options=options, **conds | {"c_crossattn": context})
         # apply_model answers in x0; the error of ε is 1/σ of that, the error of v √(1/σ² + 1/σ_data²)
         weight = 1 / sigma**2 + (0 if self.prediction == "eps" else 1 / sampling.sigma_data**2)
         return weight.view(b, 1, 1, 1) * (denoised - latents) ** 2
@@ -221,44 +228,5 @@ def tune_key(model, clip, vae, *settings) -> str | None:
     kinds = [kind.__name__ for kind in type(sampling).__mro__]
     settings = [exact(part) if torch.is_tensor(part) else part for part in settings]  # one pixel of a mask counts
     return fingerprint(model.get_key_patches(), text_weights(clip), vae.patcher.get_key_patches(), clip.layer_idx,
-                       patches, wrappers, kinds, sampling.sigmas, *settings)
-
-
-def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start, folder, watch, keep):
-    """Learn a concept (see `tune.tune`), or find it on disk where the same was learnt before.
-
-    `folder` keeps covariances and finished tunes. `watch` hears through captions(done, total), picture(before) and
-    step(progress). Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed. Concepts
-    that the model carries already take no part.
-    """
-    model = applying.plain(model)
-    tuning.check(images, mask, settings)
-    check_word(word)
-    if start:
-        applying.check(model, clip, start)
-    host = ComfyHost(model, clip, vae, superclass, folder, watch.captions)
-    with_word(clip, word, Token({}, host.ids))  # refuses a word that is taken, before any work
-    key = tune_key(model, clip, vae, images, mask, superclass, word, asdict(settings), start and dump(start),
-                   captions(folder))
-    path = Path(folder) / "cache" / f"{key}.safetensors" if key else None
-    seen = path and path.with_suffix(".pictures")
-    if path and path.exists() and seen.exists():
-        pictures = safetensors.torch.load_file(seen)
-        return load(path), pictures["before"] / 255, pictures["after"] / 255
-
-    prompt = settings.templates[0]
-    size = tuple(side // 8 for side in tuning.fit(images[:1], settings.resolution).shape[1:3])
-    watch.picture(before := picture(model, clip, vae, prompt.format(superclass.strip()), size, settings.seed))
-    if path and path.exists():
-        concept = load(path)
-    else:
-        concept = tuning.tune(host, images, superclass, word, settings, mask, start, watch.step, keep)
-        if path:
-            save(concept, path)
-            concept = load(path)
-    after = picture(*applying.apply(model, clip, concept), vae, prompt.format(word), size, settings.seed)
-    if path:
-        pictures = {"before": before, "after": after}
-        pictures = {name: (p.clamp(0, 1) * 255).round().byte().contiguous() for name, p in pictures.items()}
-        write(seen, safetensors.torch.save(pictures))
-    return concept, before, after
+                       patches, wrappers, str(model.get_model_object("manual_cast_dtype")), kinds, sampling.sigmas,
+                       *settings)

@@ -134,7 +134,13 @@ class Edit:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What keys read and what values read, both (b, n, d) in x's dtype, and the gates (b, n, j) in the edit's."""
         full = x.to(self.direction.dtype)
-        present = self.present[:, None]  # (b, 1, j)
+        if len(self.present) not in (1, len(x)):
+            raise ValueError(
+                f"Another node gives the model {len(x)} rows of text where the prompts have {len(self.present)}, so it "
+                "cannot be told which of them hold a concept's word. Use that node or the concept, not both."
+            )
+        said = (full != 0).any(-1, keepdim=True)  # a prompt that was zeroed out says nothing, whatever its mark
+        present = self.present[:, None] * said  # (b, n, j)
         s = full @ self.direction.T  # (b, n, j)
         g = gate(s, self.bias, self.temperature) * present
         c = (s * (present != 0)) @ self.joint[subset(self.present)].mT

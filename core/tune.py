@@ -164,9 +164,8 @@ def tune(
         losses, begun, last_good = [], time.monotonic(), None
         try:
             for sample in schedule(settings, len(latents), generator):
-                host.check()
                 losses.append(lesson.step(latents, weight, sample, generator))
-                trouble = what_is_wrong(losses) or lesson.what_is_wrong()
+                trouble = what_is_wrong(losses, max(5, 24 // settings.batch)) or lesson.what_is_wrong()
                 if trouble:
                     raise Diverged(f"Learning stopped at step {len(losses)} of {settings.steps}: {trouble}.")
                 last_good = concept(losses)
@@ -181,12 +180,16 @@ def tune(
         return last_good
 
 
-def what_is_wrong(losses: list[float]) -> str:
-    """Why these losses say that learning failed, or nothing."""
+def what_is_wrong(losses: list[float], window: int = 5) -> str:
+    """Why these losses say that learning failed, or nothing.
+
+    Means over `window` steps are compared, which hold 20 samples or more: the loss of a photograph falls tenfold from
+    the lowest noise to the highest, and fewer samples can differ by that much with nothing wrong.
+    """
     if not math.isfinite(losses[-1]):
         return "the loss is not a number"
-    early, late = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    if len(losses) >= 10 and late > 4 * early:
+    early, late = sum(losses[:window]) / window, sum(losses[-window:]) / window
+    if len(losses) >= 2 * window and late > 4 * early:
         return f"the loss has grown from {early:.3f} to {late:.3f}"
     return ""
 
@@ -202,7 +205,7 @@ class Lesson:
             self.target_input, self.key_input, outputs = start.target_input, start.key_input, start.target_output
         else:
             with torch.no_grad():
-                prompts = [t.format(word) for t in settings.templates]
+                prompts = [t.replace("{}", word) for t in settings.templates]
                 context, at = host.encode(prompts, word, self.embedding)
                 mean = context[torch.arange(len(at)), at].mean(0).float()
                 outputs = {name: module(mean[None].to(host.dtype))[0] for name, module in values.items()}
@@ -230,16 +233,17 @@ class Lesson:
         """One optimiser step over a batch of (picture, template, time); the mean loss."""
         host, settings, total = self.host, self.settings, 0.0
         templates = [settings.templates[template] for _, template, _ in sample]
-        context, at = host.encode([t.format(self.word) for t in templates], self.word, self.embedding)
+        context, at = host.encode([t.replace("{}", self.word) for t in templates], self.word, self.embedding)
         leaf = context.detach().requires_grad_()
         with key_lock.edited(host.projections, self.edit()) as meet:
             for k, (picture, _, t) in enumerate(sample):
+                host.check()
                 x, m = latents[picture : picture + 1], weight[picture : picture + 1]
                 noise = torch.randn(x.shape, generator=generator).to(x.device)
                 row = leaf[k : k + 1].to(host.dtype)
                 meet(row)
                 errors = host.errors(x, noise, torch.tensor([t], device=x.device), row,
-                                     templates[k].format(self.superclass))
+                                     templates[k].replace("{}", self.superclass))
                 loss = (m * errors).mean(1).sum() / m.sum() / len(sample)
                 self.scaler.scale(loss).backward()
                 total += loss.item()

@@ -33,7 +33,8 @@ def demo(arguments):
     from perfusion.core.apply import apply
     from perfusion.core.concept import load, save
     from perfusion.core.covariance import PACKAGED
-    from perfusion.core.host_comfy import picture, quick_tune
+    from perfusion.core.host_comfy import picture
+    from perfusion.core.quick_tune import quick_tune
     from perfusion.core.tune import Tuning
 
     build = Path(arguments.out)

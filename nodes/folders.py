@@ -24,7 +24,6 @@ def register():
     paths, _ = folder_paths.folder_names_and_paths.get(NAME, ([], set()))
     own = [str(path) for path in (models() / "concepts", saved()) if str(path) not in paths]
     folder_paths.folder_names_and_paths[NAME] = (paths + own, {".safetensors"})
-    (models() / "concepts").mkdir(parents=True, exist_ok=True)
 
 
 def names() -> list[str]:

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..core.host_comfy import quick_tune
+from ..core.quick_tune import quick_tune
 from ..core.tune import TEMPLATES, Tuning
 from . import folders
 from .schema import CATEGORY, Concept, known

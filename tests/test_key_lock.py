@@ -569,3 +569,20 @@ def test_a_mixture_of_other_concepts_is_refused_like_a_copy_of_one():
     with pytest.raises(ValueError, match="mixture"):
         overlap(directions, i)
     assert torch.isfinite(joint(overlap(directions[:2], i[:2]))).all()
+
+
+def test_a_token_that_was_zeroed_out_is_left_alone_whatever_its_mark():
+    i = torch.randn(1, 6, dtype=torch.float64)
+    edit = Edit(i, i, i / (i @ i.T), torch.zeros(1).double(), torch.ones(1).double(), {}, torch.ones(1, 1).double(),
+                torch.ones(2, 1, 1).double())
+    x = torch.stack([torch.zeros(3, 6), torch.randn(3, 6)]).double()
+    keys, values, g = edit(x)
+    assert not keys[0].any() and not values[0].any() and not g[0].any()
+    assert g[1].all()
+
+
+def test_rows_that_the_marks_do_not_fit_get_a_sentence():
+    i = torch.ones(1, 4)
+    edit = Edit(i, i, i / 4, torch.zeros(1), torch.ones(1), {}, torch.ones(2, 1), torch.ones(2, 1, 1))
+    with pytest.raises(ValueError, match="3 rows of text where the prompts have 2"):
+        edit(torch.randn(3, 5, 4))

@@ -123,6 +123,35 @@ def test_installing_the_requirements_into_comfyuis_environment_changes_no_packag
     assert json.loads(done.stdout)["install"] == []
 
 
+def test_all_that_is_required_is_in_comfyuis_own_requirements():
+    import re
+
+    from perfusion.headless.comfy import find
+
+    def names(path):
+        lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        return {re.match(r"[\w-]+", line)[0].lower() for line in lines if line}
+
+    ours = names(ROOT / "requirements.txt")
+    assert ours == {"torch", "safetensors", "einops", "transformers", "numpy"}
+    assert ours <= names(find() / "requirements.txt")
+
+
+def test_a_models_folder_that_cannot_be_written_does_not_keep_the_pack_from_loading(pack, tmp_path):
+    import folder_paths
+
+    from perfusion.nodes import folders
+
+    (tmp_path / "models").write_text("a file, where a folder cannot be made")
+    before = folder_paths.models_dir
+    folder_paths.models_dir = str(tmp_path / "models")
+    try:
+        folders.register()
+        assert folders.names() == folders.names()
+    finally:
+        folder_paths.models_dir = before
+
+
 def test_the_pack_imports_only_what_requirements_and_the_host_name():
     import ast
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perfusion.core import apply as applying
-from perfusion.core import host_comfy
+from perfusion.core import quick_tune as quick
 from perfusion.core.concept import dump
 from perfusion.core.covariance import PACKAGED
 from perfusion.core.tune import Tuning
@@ -41,7 +41,7 @@ def folder(tmp_path):
 def quick_tune(model, clip, vae, folder, word="<mimi>", settings=FAST, start=None):
     watch = Watch()
     with torch.inference_mode():
-        made = host_comfy.quick_tune(model, clip, vae, PICTURE, "cat", word, settings, None, start, folder, watch,
+        made = quick.quick_tune(model, clip, vae, PICTURE, "cat", word, settings, None, start, folder, watch,
                                      lambda concept: "a file")
     return *made, watch
 
@@ -99,5 +99,47 @@ def test_going_on_with_the_same_word_asks_for_the_plain_clip(tiny, folder):
 def test_words_are_refused_before_anything_is_drawn(tiny, folder, word, superclass, says):
     watch = Watch()
     with torch.inference_mode(), pytest.raises(ValueError, match=says):
-        host_comfy.quick_tune(*tiny("sd1"), PICTURE, superclass, word, FAST, None, None, folder, watch, None)
+        quick.quick_tune(*tiny("sd1"), PICTURE, superclass, word, FAST, None, None, folder, watch, None)
     assert watch.pictures == watch.captioned == 0
+
+
+class Cancel(BaseException):
+    """As the host's own."""
+
+
+def test_a_cancel_in_the_last_picture_keeps_what_was_learnt(tiny, folder, monkeypatch):
+    made, kept = [], []
+    plain = quick.picture
+
+    def picture(*args):
+        made.append(args)
+        if len(made) == 2:
+            raise Cancel
+        return plain(*args)
+
+    monkeypatch.setattr(quick, "picture", picture)
+    with torch.inference_mode(), pytest.raises(Cancel):
+        quick.quick_tune(*tiny("sd1"), PICTURE, "cat", "<mimi>", FAST, None, None, folder, Watch(), kept.append)
+    assert len(kept) == 1 and kept[0].training["steps"] == 2
+    monkeypatch.undo()
+    again, _, _, watched = quick_tune(*tiny("sd1"), folder)
+    assert watched.steps == 0 and dump(again) == dump(kept[0])
+
+
+def test_a_cache_that_cannot_be_written_loses_no_work(tiny, folder, caplog):
+    (folder / "cache").write_text("a file, where a folder cannot be made")
+    concept, _, after, watched = quick_tune(*tiny("sd1"), folder)
+    assert watched.steps == 2 and concept.word == "<mimi>" and after.isfinite().all()
+    assert "not kept for a re-queue" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pictures"])
+def test_a_damaged_cache_is_learnt_over(tiny, folder, suffix):
+    first = quick_tune(*tiny("sd1"), folder)[0]
+    (path,) = (folder / "cache").glob(f"*.{suffix}")
+    path.write_bytes(path.read_bytes()[:50])
+    for file in (folder / "covariance").iterdir():
+        file.write_bytes(b"damaged")
+    again = quick_tune(*tiny("sd1"), folder)
+    assert dump(again[0]) == dump(first) and again[2].isfinite().all()
+    assert quick_tune(*tiny("sd1"), folder)[3].steps == 0

@@ -19,6 +19,7 @@ from perfusion.core import concept, host_comfy, tune
 from perfusion.core.covariance import PACKAGED
 from perfusion.core.fingerprint import exact
 from perfusion.core.key_lock import edited
+from perfusion.core.quick_tune import quick_tune
 from perfusion.core.tune import Diverged, Lesson, Tuning, check, fit, schedule, what_is_wrong
 
 pytestmark = pytest.mark.host
@@ -206,10 +207,10 @@ def test_errors_are_those_of_the_networks_own_prediction(host, kind):
         generator = torch.Generator().manual_seed(2)
         noise = torch.randn(latents.shape, generator=generator)
         context, pooled = host.answer(host.clip.tokenize("a photo of a cat"))
-        sigma = model.model_sampling.sigma(t * 1000)
+        sigma = model.model_sampling.sigma(t * 999)
         signal = 1 / (1 + sigma**2).sqrt()
         adm = model.encode_adm(pooled_output=pooled, width=80, height=64, device="cpu") if kind == "sdxl" else None
-        out = model.diffusion_model(signal * (latents + sigma * noise), t * 1000, context=context, y=adm)
+        out = model.diffusion_model(signal * (latents + sigma * noise), (t * 999).round(), context=context, y=adm)
         target = noise if kind != "sd2-v" else signal * noise - signal * sigma * latents
         errors = host.errors(latents, noise, t, context, "a photo of a cat")
         assert host.prediction == ("v" if kind == "sd2-v" else "eps")
@@ -272,6 +273,79 @@ def test_the_start_is_the_superclass(host):
 @pytest.mark.parametrize("kind", ("sd1-inpaint", "sdxl-inpaint", "sdxl-v"))
 def test_variants_of_a_family_learn_too(host, kind):
     assert learn(host(kind)).training["steps"] == 3
+
+
+@pytest.mark.parametrize("base", ("ModelSamplingContinuousEDM", "ModelSamplingDiscreteDistilled"))
+def test_other_samplings_are_learnt_over_their_own_range_of_noise(tiny, folder, base):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscreteDistilled
+
+    model, clip, vae = tiny("sdxl")
+    kinds = {"ModelSamplingDiscreteDistilled": (ModelSamplingDiscreteDistilled, comfy.model_sampling.EPS),
+             "ModelSamplingContinuousEDM": (comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EDM)}
+    sampling = type("Sampling", kinds[base], {})(model.model.model_config)
+    model.add_object_patch("model_sampling", sampling)
+    host, seen = host_over(model, clip, vae, folder), []
+    scaling = sampling.noise_scaling
+    sampling.noise_scaling = lambda sigma, *args: (seen.append(sigma.item()), scaling(sigma, *args))[1]
+    learnt = learn(host, replace(FAST, steps=8))
+    assert math.isfinite(learnt.training["loss"][-1])
+    assert min(seen) < 0.3 and max(seen) > 0.1 * min(float(sampling.sigma_max), 15)
+
+
+def test_a_kernel_of_attention_without_gradient_is_not_learnt_through(host, monkeypatch):
+    from comfy.ldm.modules import attention
+
+    plain = learn(host())
+
+    @attention.wrap_attn
+    def flash(*args, **kwargs):
+        return attention.attention_pytorch(*args, **kwargs).detach()
+
+    monkeypatch.setattr(attention, "optimized_attention", flash)
+    assert concept.dump(learn(host())) == concept.dump(plain)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_learns_nearly_the_same(tiny, folder, dtype):
+    full = learn(host_over(*tiny("sd1"), folder))
+    model, clip, vae = tiny("sd1")
+    model.set_model_compute_dtype(dtype)
+    host = host_over(model, clip, vae, folder)
+    assert host.dtype == dtype
+    half = learn(host)
+    for name, o in full.target_output.items():
+        assert o.isfinite().all() and torch.cosine_similarity(o, half.target_output[name], dim=0) > 0.98
+        assert not torch.equal(o, half.target_output[name])
+
+
+def test_little_memory_chooses_checkpointing_and_learns_the_same(host, monkeypatch):
+    plain = learn(host())
+    monkeypatch.setattr(host_comfy, "TRAINING_OVER_SAMPLING", 10**9)
+    tight, found = host(), []
+    blocks = [m for m in tight.source.model.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    learnt = learn(tight, report=lambda progress: found.append(all("forward" in vars(b) for b in blocks)))
+    assert found == [True] * FAST.steps and not forwards_left(tight)
+    for name, o in plain.target_output.items():
+        assert (learnt.target_output[name] - o).norm() < 1e-3 * o.norm()
+
+
+def test_captions_may_hold_braces_of_their_own(host):
+    learnt = learn(host(), replace(FAST, templates=("a {red|blue} {}", "{} {0}")))
+    assert learnt.training["steps"] == FAST.steps
+
+
+def test_a_caption_that_holds_the_word_itself_gets_a_sentence(host):
+    with pytest.raises(ValueError, match="2 times, and once is needed"):
+        learn(host(), replace(FAST, templates=("<mimi> and a {}",)))
+
+
+def test_a_small_batch_is_not_taken_for_divergence():
+    """Losses that rise 14-fold from high to low noise, as a denoiser's of photographs do, in the order they are met."""
+    settings = replace(FAST, steps=100, batch=1)
+    for seed in range(40):
+        rows = schedule(settings, 1, torch.Generator().manual_seed(seed))
+        losses = [0.01 + 0.13 * (1 - t) ** 6 for ((_, _, t),) in rows]
+        assert not any(what_is_wrong(losses[: k + 1], 24) for k in range(len(losses)))
 
 
 # Repeatability and batches
@@ -458,7 +532,7 @@ def test_learning_goes_on_from_a_file(host, tmp_path):
 def test_a_start_of_another_family_is_refused_before_any_work(tiny, folder, host):
     start = learn(host("sdxl"))
     with pytest.raises(ValueError, match="was made for SDXL, the connected model is SD1.5"):
-        host_comfy.quick_tune(*tiny("sd1"), PICTURE, CAT, MIMI, FAST, None, start, folder, watch=None, keep=None)
+        quick_tune(*tiny("sd1"), PICTURE, CAT, MIMI, FAST, None, start, folder, watch=None, keep=None)
 
 
 @pytest.mark.parametrize("lora", (False, True))
@@ -522,8 +596,7 @@ def test_a_cancel_keeps_the_last_good_concept_and_leaves_the_model_as_it_was(tin
     if moment == "before":
         assert not kept and not steps
     else:
-        finished = 2 if moment == "between" or EVERY_OP else 3
-        assert [k.training["steps"] for k in kept] == [finished] == steps[-1:] and calls
+        assert [k.training["steps"] for k in kept] == [2] == steps[-1:] and calls
         assert kept[0].training["loss"][0] > 0 and concept.parse(concept.dump(kept[0]), "kept")
 
 
