@@ -172,7 +172,8 @@ def main():
     parser.add_argument("--kind", default="sd1", help="sd1, sd2, sd2-v or sdxl")
     parser.add_argument("--checkpoint", type=Path, help="instead of random weights of that kind")
     given = parser.parse_args()
-    n, where = given.runs, (given.kind, given.checkpoint or ROOT / "build" / f"{given.kind}.safetensors", given.size)
+    checkpoint = given.checkpoint or ROOT / "build" / f"{given.kind}-random.safetensors"
+    n, where = given.runs, (given.kind, checkpoint, given.size)
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "captions.txt").write_text(PROMPT.replace(" ", "\n"), encoding="utf-8")  # any will do here
     print(f"{'':55} median    quartiles   runs at most    wall")
