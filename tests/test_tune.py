@@ -259,6 +259,17 @@ def test_the_target_input_moves_by_its_moving_average_alone(host):
         assert torch.equal(lesson.key_input, first)
 
 
+def test_many_updates_towards_one_encoding_have_their_closed_form(host):  # P10
+    with lesson_over(host()) as (lesson, latents, weight):
+        first, n = lesson.target_input, 4
+        context, (at,) = lesson.host.encode(["the <mimi> on a chair"], MIMI, lesson.embedding)
+        for _ in range(n):
+            lesson.step(latents, weight, [(0, 1, 0.4)], torch.Generator().manual_seed(0))
+        expected = 0.99**n * first + (1 - 0.99**n) * context.detach()[0, at]
+        assert not torch.allclose(first, expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(lesson.target_input, expected, rtol=0, atol=1e-5)
+
+
 def test_the_start_is_the_superclass(host):
     host = host()
     with lesson_over(host) as (lesson, _, _):
@@ -731,6 +742,12 @@ def test_a_caption_that_is_too_long_for_a_start_keeps_what_was_learnt(host):
     with pytest.raises(ValueError, match="too long"):
         learn(host, settings, start=start, keep=lambda learnt: kept.append(learnt) or "a file")
     assert all(k.training["steps"] < 3 for k in kept)
+
+
+@pytest.mark.parametrize("none", (None, PICTURE[:0]))
+def test_no_picture_gets_a_sentence(none):
+    with pytest.raises(ValueError, match="needs a picture"):
+        check(none, None, FAST)
 
 
 def test_check_accepts_one_mask_for_all_and_one_each():
