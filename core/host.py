@@ -33,12 +33,13 @@ class Host(Protocol):
 
     def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Text encodings (b, n, d) of prompts that hold `word` once, with gradient to `embedding`, and the word's
-        position (b) in each."""
+        position (b) in each. Raises ValueError where a prompt holds it more often, or beyond the encoder's reach."""
 
     def errors(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> Tensor:
         """Squared error (b, c, h, w) of the model's own prediction target at noise levels `time` (b) in [0, 1).
 
-        `prompt` holds the superclass word; what the model is conditioned on beside `context` is read from it.
+        `latents` and `noise` are (b, c, h, w), `context` is (b, n, d). `prompt` holds the superclass word; what the
+        model is conditioned on beside `context` is read from it.
         """
 
     def check(self) -> None:

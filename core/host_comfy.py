@@ -140,8 +140,9 @@ class ComfyHost:
 
     def embedding(self, word: str) -> dict[str, Tensor]:
         self.clip.load_model()
-        tables = {name: encoder(self.clip, name).transformer.get_input_embeddings() for name in self.ids}
-        return {name: tables[name].weight[i].detach().float().cpu().clone() for name, i in self.ids.items()}
+        ids = superclass_ids(self.clip, word)
+        tables = {name: encoder(self.clip, name).transformer.get_input_embeddings() for name in ids}
+        return {name: tables[name].weight[i].detach().float().cpu().clone() for name, i in ids.items()}
 
     def inverse_covariance(self) -> tuple[Tensor, str, dict]:
         def encode(lines):

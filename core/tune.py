@@ -195,9 +195,11 @@ def what_is_wrong(losses: list[float], window: int = 5) -> str:
 
 
 class Lesson:
-    """What is being learnt, and one step of learning it."""
+    """What is being learnt, and one step of learning it. `embedding` is where v* starts (d of each text encoder), C_inv
+    is (d, d) in fp64, and `start` an earlier concept to go on from."""
 
-    def __init__(self, host: Host, superclass: str, word: str, embedding, C_inv: Tensor, settings: Tuning, start):
+    def __init__(self, host: Host, superclass: str, word: str, embedding: dict[str, Tensor], C_inv: Tensor,
+                 settings: Tuning, start: Concept | None):
         self.host, self.superclass, self.word, self.C_inv, self.settings = host, superclass, word, C_inv, settings
         self.embedding = {name: v.clone().to(host.device).requires_grad_() for name, v in embedding.items()}
         values = {name: module for name, module in host.projections.items() if name.endswith("to_v")}

@@ -59,9 +59,8 @@ def strip(*pictures: Image.Image) -> Image.Image:
 class Watch:
     """Listens to a tune on behalf of a node, and draws what it hears."""
 
-    def __init__(self, node_id: str, images: torch.Tensor | None):
-        self.node_id, self.before, self.losses, self.steps = node_id, None, [], 0
-        self.photo = to_pil(images) if images is not None and len(images) else None
+    def __init__(self, node_id: str, images: torch.Tensor):
+        self.node_id, self.images, self.drawn, self.losses, self.steps = node_id, images, [], [], 0
         self.bar = ProgressBar(1, node_id=node_id)
 
     def captions(self, done: int, total: int):
@@ -71,7 +70,7 @@ class Watch:
 
     def picture(self, before: torch.Tensor):
         """What the model makes of the superclass word, before it has learnt anything."""
-        self.before = to_pil(before)
+        self.drawn = [to_pil(self.images), to_pil(before)]
 
     def step(self, progress):
         """A step is done."""
@@ -79,11 +78,11 @@ class Watch:
         left = progress.seconds_left
         tell(self.node_id, f"Step {progress.step} of {progress.steps}, "
                            f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left")
-        parts = [p for p in (self.photo, self.before) if p] + [curve(self.losses, self.steps)]
+        parts = [*self.drawn, curve(self.losses, self.steps)]
         self.bar.update_absolute(progress.step, progress.steps, ("JPEG", strip(*parts), SIDE * len(parts)))
 
     def result(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """The strip that stays on the node (1, H, W, 3): photo, before, after, and the curve if there is one."""
-        parts = [self.photo, to_pil(before), to_pil(after)]
+        parts = [to_pil(images) for images in (self.images, before, after)]
         sheet = strip(*parts, *([curve(self.losses, self.steps)] if self.losses else []))
         return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

@@ -185,9 +185,11 @@ def test_a_cancel_keeps_what_was_learnt_and_leaves_the_model_as_it_was(server):
     ({"superclass": "big cat"}, "one plain word"),
     ({"superclass": ""}, "one plain word"),
     ({"word": "cat"}, "angle brackets"),
+    ({"image": ["13", 0]}, "64 on each side"),
 ])
 def test_a_mistake_gets_a_sentence_on_the_node(server, change, sentence):
     wrong = graph(seed=11)
+    wrong["13"] = node("EmptyImage", width=1, height=1, batch_size=1, color=0)
     wrong["3"]["inputs"] |= change
     status, _, errors = server.run(wrong)
     assert status == "error"
