@@ -201,7 +201,9 @@ def _subject(kind, identity, context, first):
 # ---- captions
 
 _VOWEL = re.compile(r"\ba (?=[aeiou])")
-_OPENINGS = ("a picture of", "a drawing of", "")
+_OPENINGS = ("a picture of", "a drawing of", "a photo of", "a good photo of", "the photo of", "image of",
+             "a photograph of", "")
+_SHOWN = "shown in a photo"  # with these, all words of the templates that a concept is learnt with are in captions
 
 
 def _subject_words(superclass, coarse, said):
@@ -219,10 +221,13 @@ def _sentence(context, said, subject, second, rng):
 
     scene, where, size, thing, opening, joined = (
         pick(CONTEXT[k].phrases[context[k]]) if said[k] else "" for k in range(VARIANT))
-    words = [opening or pick(_OPENINGS), "a", size, *subject, thing, where]
+    article = "the" if rng and rng.random() < .1 else "a"
+    words = [opening or pick(_OPENINGS), article, size, *subject, thing, where]
     if context[COMPANY] == TWO:  # the place is the first subject's, so it is said before the second one comes
         words += [joined, "a", *second]
     words = [scene, ",", *words] if scene and rng and rng.random() < .2 else [*words, scene]
+    if not opening and rng and rng.random() < .2:
+        words.append(_SHOWN)
     return _VOWEL.sub("an ", " ".join(" ".join(words).split()).replace(" ,", ","))
 
 
@@ -273,7 +278,7 @@ def context_caption(context, subject, second="house", leave_out=(), generator=No
 WORDS = tuple(sorted({word for phrase in (
     *(phrase for column in CONTEXT for phrases in column.phrases for phrase in phrases),
     *(word for factors in FACTORS.values() for factor in factors for word in factor.words),
-    *SUPERCLASSES, *_OPENINGS, "an", ",", "with and") for word in phrase.split()}))
+    *SUPERCLASSES, *_OPENINGS, _SHOWN, "an", ",", "with and") for word in phrase.split()}))
 
 
 # ---- both

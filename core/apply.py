@@ -5,25 +5,25 @@ touches the shared module, so whatever else the graph does to the model composes
 it was. Applying twice makes one wrapper of both lists: the projection is joint, so their order does not matter.
 """
 
-import logging
-
 import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from .concept import BASES, Concept
-from .key_lock import Edit, cosines, edited, joint, overlap, unit
+from .joint_edit import JointEdit, check_fit
+from .key_lock import edited
 from .prompt import PRESENT, WORDS, Token, superclass_ids, tokenizers, with_word
 
 KEY = "perfusion"
-MOST = 8  # concepts in one picture; what is prepared for their subsets doubles with each
 FAMILIES = {"SD15": "sd1", "SD20": "sd2", "SDXL": "sdxl"}  # the host's classes; fine-tunes and inpainting derive
-ENCODERS = {"sd1": {"clip_l"}, "sd2": {"clip_h"}, "sdxl": {"clip_l", "clip_g"}}
+ENCODERS = {"creature": {"clip_l"}, "sd1": {"clip_l"}, "sd2": {"clip_h"}, "sdxl": {"clip_l", "clip_g"}}
 
 
 def base_of(model) -> str:
     """The family that a MODEL belongs to, a key of BASES. Raises ValueError for any other architecture."""
     config = model.model.model_config
+    if own := getattr(type(config), "perfusion_base", None):  # of the class: the host warns of what a config lacks
+        return own
     for name, base in FAMILIES.items():
         if isinstance(config, getattr(comfy.supported_models, name)):
             return base
@@ -54,26 +54,10 @@ def projections(diffusion_model) -> dict[str, torch.nn.Module]:
 
 
 class ConceptWrapper:
-    """Edits one model call for the rows whose prompt names a concept. Stateless but for copies per device."""
+    """Edits one model call for the rows whose prompt names a concept."""
 
     def __init__(self, concepts: tuple[Concept, ...], edit_negative: bool):
-        self.concepts, self.edit_negative = concepts, edit_negative
-        stack = {name: torch.stack([getattr(c, name) for c in concepts])
-                 for name in ("target_input", "key_input", "direction")}
-        stack["direction"] = unit(stack["direction"], stack["target_input"])
-        M = overlap(stack["direction"], stack["target_input"])
-        closest = cosines(M).fill_diagonal_(0).max()
-        if closest > 0.99:
-            logging.warning("Perfusion: two of the concepts are nearly the same to the text encoder "
-                            f"(cosine {closest:.4f}); expect them to mix.")
-        self.fields = stack | {
-            "bias": torch.tensor([c.gate_bias for c in concepts]),
-            "temperature": torch.tensor([c.temperature for c in concepts]),
-            "joint": joint(M).float(),
-            "target_output": {name: torch.stack([c.target_output[name] for c in concepts])
-                              for name in concepts[0].target_output},
-        }
-        self.on = {}  # device -> fields
+        self.concepts, self.edit_negative, self.edit = concepts, edit_negative, JointEdit(concepts)
 
     def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         words, present = kwargs.pop(WORDS, ()), kwargs.pop(PRESENT, None)
@@ -84,16 +68,9 @@ class ConceptWrapper:
         present = torch.stack(columns, dim=1)
         if self.edit_negative:
             present = present.where(present != 0, 1.0)
-        edit = self.edit(x.device, present.to(x.device))  # the host leaves the mark on the CPU
+        edit = self.edit(present.to(x.device))  # the host leaves the mark on the CPU
         with edited(projections(executor.class_obj.diffusion_model), edit):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-    def edit(self, device, present) -> Edit:
-        """The edit of all concepts for the rows of `present` (b, j), on a device."""
-        if device not in self.on:
-            self.on[device] = {name: f.to(device) if torch.is_tensor(f) else {n: o.to(device) for n, o in f.items()}
-                               for name, f in self.fields.items()}
-        return Edit(present=present, **self.on[device])
 
 
 def applied(model) -> tuple[Concept, ...]:
@@ -111,28 +88,9 @@ def plain(model):
 def check(model, clip, concept: Concept):
     """Raise ValueError where the concept cannot work on this model and CLIP."""
     base = base_of(model)
-    if concept.base != base:
-        raise ValueError(
-            f"The concept {concept.word} was made for {BASES[concept.base]}, the connected model is {BASES[base]}. "
-            f"Load a checkpoint of {BASES[concept.base]}, or tune the concept again on this one."
-        )
     check_clip(clip, base)
     widths = {name: m.out_features for name, m in projections(model.model.diffusion_model).items() if "to_v" in name}
-    learnt = {name: len(o) for name, o in concept.target_output.items()}
-    if widths != learnt or set(concept.embedding) != set(tokenizers(clip)):
-        raise ValueError(
-            f"The concept {concept.word} holds {len(learnt)} value outputs and embeddings for "
-            f"{', '.join(sorted(concept.embedding)) or 'no encoder'}; this model has {len(widths)} value projections"
-            f"{' of other names or widths' if len(widths) == len(learnt) else ''}. It was tuned on a UNet with other "
-            "layers: tune it again on this model."
-        )
-    for other in applied(model):
-        if other.covariance != concept.covariance:
-            raise ValueError(
-                f"{other.word} and {concept.word} were tuned under different caption statistics "
-                f"({other.covariance[:12]} and {concept.covariance[:12]}: another text encoder, clip skip or caption "
-                "file), so their gates cannot be combined. Tune one of them again with the other's settings."
-            )
+    check_fit(concept, base, widths, tokenizers(clip), applied(model))
 
 
 def apply(model, clip, concept: Concept, edit_negative: bool = False):
@@ -147,8 +105,6 @@ def apply(model, clip, concept: Concept, edit_negative: bool = False):
     clip = with_word(clip, concept.word, token)
     if concept.off:
         return model, clip
-    if len(applied(model)) == MOST:
-        raise ValueError(f"At most {MOST} concepts work together in one picture. Remove one of them.")
     wrapper = ConceptWrapper((*applied(model), concept), edit_negative or any(
         w.edit_negative for w in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)))
     model = plain(model)

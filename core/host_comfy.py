@@ -49,9 +49,13 @@ def fixed(patcher):
 def text_weights(clip) -> dict:
     """What the fingerprint takes of a text encoder's weights and their patches, without those that nothing reads.
 
-    A checkpoint may lack those, and the host leaves them as the memory was. Only SDXL reads a pooled answer, clip_g's.
+    A checkpoint may lack those, and the host leaves them as the memory was. Only SDXL reads a pooled answer, clip_g's,
+    and SD2 never reads clip_h's last layer, which diffusers' folders leave out.
     """
-    unused = ("clip_l.transformer.text_projection", "clip_h.transformer.text_projection", "logit_scale")
+    unused = ["clip_l.transformer.text_projection", "clip_h.transformer.text_projection", "logit_scale"]
+    if hasattr(clip.cond_stage_model, "clip_h"):
+        last = encoder(clip, "clip_h").num_layers - 1
+        unused.append(f"clip_h.transformer.text_model.encoder.layers.{last}.")
     weights = {name: w for name, w in clip.patcher.get_key_patches().items() if not any(u in name for u in unused)}
     # in fp16, as which most hosts load what others keep as the file has it: one encoder, one hash
     return {name: (tuple(w.shape), sample(w).half(), patches) for name, ((w, _), *patches) in weights.items()}
@@ -104,13 +108,16 @@ def own_copies(text):
 
 
 class ComfyHost:
-    """See `host.Host`. `folder` is where covariances are kept; `progress` hears (done, total) while one is computed."""
+    """See `host.Host`. `folder` keeps covariances, for all but the demo; `progress` hears (done, total) while one is
+    computed."""
 
     def __init__(self, model, clip, vae, superclass: str, folder, progress=lambda done, total: None):
         self.base = applying.base_of(model)
         applying.check_clip(clip, self.base)
         self.ids = superclass_ids(clip, superclass)
-        self.source, self.clip, self.vae, self.folder, self.progress = model, clip, vae, folder, progress
+        self.source, self.clip, self.vae, self.progress = model, clip, vae, progress
+        # the demo has its world's captions and their covariance beside it
+        self.folder = model.model.model_config.folder if self.base == "creature" else folder
         self.prediction = "v" if isinstance(model.get_model_object("model_sampling"), V_PREDICTION) else "eps"
         self.device = model.load_device
         self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()

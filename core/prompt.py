@@ -104,10 +104,10 @@ def superclass_ids(clip, superclass: str) -> dict[str, int]:
     found = {}
     for name, tokenizer in tokenizers(clip).items():
         ids = tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start : -1]
-        if len(ids) != 1:
+        if len(ids) != 1 or ids[0] == tokenizer.tokenizer.unk_token_id:  # of the demo's few words
             raise ValueError(
-                f"The text encoder takes '{word}' in {len(ids)} pieces, and the superclass has to be one. "
-                "Use a more common word for the same kind, such as animal, person or toy."
+                f"The text encoder takes '{word}' in {len(ids)} pieces or does not know it, and the superclass has to "
+                "be one that it knows. Use a more common word for the same kind, such as animal, person or toy."
             )
         found[name] = ids[0]
     return found

@@ -31,7 +31,7 @@ def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start
     host = ComfyHost(model, clip, vae, superclass, folder, watch.captions)
     with_word(clip, word, Token({}, host.ids))  # refuses a word that is taken, before any work
     key = tune_key(model, clip, vae, images, mask, superclass, word, asdict(settings), start and dump(start),
-                   captions(folder))
+                   captions(host.folder))
     cache = Cache(Path(folder) / "cache", key)
     concept, pictures = cache.read()
     if not pictures:

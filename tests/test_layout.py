@@ -10,7 +10,7 @@ FILES = sorted(path for room in ("core", "nodes", "headless") for path in (ROOT 
 CORE = [path for path in FILES if path.parent.name == "core"]
 LONGEST = 400  # lines
 
-COMFY = {"host_comfy", "prompt", "apply"}  # files of core that may import ComfyUI's library
+COMFY = {"host_comfy", "prompt", "apply", "demo_comfy"}  # files of core that may import ComfyUI's library
 UPON = {"quick_tune"}  # what stands upon these, for ComfyUI's nodes
 ALONE = {"key_lock", "weight_offset", "encoder"}  # files of core that import torch only, never each other
 SERVER = {"folder_paths", "server", "comfy_api", "comfy_execution", "execution", "comfy_extras", "nodes"}
@@ -52,9 +52,10 @@ def test_core_imports_no_other_room_and_no_server(path):
 
 
 @every_core_file
-def test_only_three_files_of_core_import_comfy_and_one_diffusers(path):
+def test_only_these_files_of_core_import_comfy_and_diffusers(path):
     assert "comfy" not in tops(path) or path.stem in COMFY
-    assert not tops(path) & {"diffusers", "transformers", "accelerate"} or path.stem == "host_diffusers"
+    libraries = {"diffusers", "transformers", "accelerate"} - ({"transformers"} if path.stem == "demo_comfy" else set())
+    assert not tops(path) & libraries or path.stem == "host_diffusers"
 
 
 @pytest.mark.parametrize("path", [path for path in CORE if path.stem in ALONE], ids=lambda path: path.stem)

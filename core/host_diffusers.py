@@ -1,0 +1,231 @@
+"""Host over a diffusers pipeline: the same work without ComfyUI, and a second opinion on every number of it.
+
+Noise levels are ComfyUI's, in their logarithm linear between the schedule's; the UNet is told the nearest whole k:
+
+    log σ = lerp(log σₖ) at k = 999 t     x = (x₀ + σ ε) / √(1 + σ²)     v = (ε − σ x₀) / √(1 + σ²)
+
+Letters: b batch · n tokens · d text width · m pictures · c h w latent · j concepts.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+from .concept import Concept
+from .covariance import captions, inverse_of
+from .fingerprint import fingerprint
+from .joint_edit import JointEdit, check_fit
+from .key_lock import edited
+from .prompt_diffusers import Encoders, Token, pooled, read, superclass_ids, text_weights, tokenise
+
+FAMILIES = {768: "sd1", 1024: "sd2", 128: "creature"}  # by the width of the text that the UNet reads
+ENCODERS = {"sd1": ["clip_l"], "creature": ["clip_l"], "sd2": ["clip_h"], "sdxl": ["clip_l", "clip_g"]}
+DARKEST = 4.8973451890853435e-08  # ᾱ where a schedule ends in nothing but noise, as ComfyUI sets it
+
+
+def load(folder) -> StableDiffusionPipeline:
+    """The demo's miniature as a pipeline in fp32. Its text encoder's table holds the rows of the tokenizer's words,
+    then start and end, whose ids are CLIP's; between them CLIP has words that the miniature never saw, zero here."""
+    folder = Path(folder)
+    text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")).eval()
+    state = {name.removeprefix("text_model."): t.float()
+             for name, t in safetensors.torch.load_file(folder / "text_encoder" / "model.safetensors").items()}
+    rows, table = state["embeddings.token_embedding.weight"], torch.zeros_like(text.get_input_embeddings().weight)
+    table[: len(rows) - 2], table[text.config.bos_token_id :] = rows[:-2], rows[-2:]
+    text.load_state_dict(state | {"embeddings.token_embedding.weight": table})
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+        text_encoder=text, tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def base_of(pipe) -> str:
+    """The family that a pipeline belongs to, a key of BASES. Raises ValueError for any other architecture."""
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        return "sdxl"
+    width = pipe.unet.config.cross_attention_dim
+    if width not in FAMILIES:
+        raise ValueError(
+            f"Perfusion edits cross-attention of SD1.5, SD2.x and SDXL; this {type(pipe).__name__} has a UNet that "
+            f"reads text of width {width}, where {', '.join(map(str, FAMILIES))} are known. Load a pipeline of one of "
+            "these families."
+        )
+    return FAMILIES[width]
+
+
+def projections(unet) -> dict[str, torch.nn.Module]:
+    """Every cross-attention `to_k` and `to_v` of a UNet by the name that ComfyUI has for it (SD1.5: 32, SDXL: 140).
+
+    ComfyUI counts through all blocks: conv_in, then a level's layers and what halves it, or its one layer more.
+    """
+    per_level, found = unet.config.layers_per_block + 1, {}
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            side, level, layer, rest = re.fullmatch(
+                r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)", name).groups()
+            k = per_level * int(level or 0) + int(layer)
+            place = {"down": f"input_blocks.{k + 1}", "mid": "middle_block", "up": f"output_blocks.{k}"}[side]
+            found[f"{place}.1.{rest}"] = module
+    return found
+
+
+def encoders(pipe) -> Encoders:
+    """The pipeline's text encoders by the name that ComfyUI has for them: (tokenizer, model)."""
+    names = ENCODERS[base_of(pipe)]
+    return {name: (getattr(pipe, f"tokenizer{end}"), getattr(pipe, f"text_encoder{end}"))
+            for name, end in zip(names, ("", "_2"))}
+
+
+def added(text_embeds: Tensor, height: int, width: int) -> dict[str, Tensor]:
+    """What SDXL's UNet is told beside the text: the pooled answers (b, d), and the size in pixels, uncropped."""
+    size = text_embeds.new_tensor([[height, width, 0, 0, height, width]])
+    return {"text_embeds": text_embeds, "time_ids": size.expand(len(text_embeds), -1)}
+
+
+def words_of(pipe, concepts: Sequence[Concept]) -> dict[str, Token]:
+    """What each concept's word becomes on this pipeline. Raises ValueError where one does not fit it or another."""
+    words, found = {}, encoders(pipe)
+    widths = {name: m.out_features for name, m in projections(pipe.unet).items() if name.endswith("to_v")}
+    for k, concept in enumerate(concepts):
+        check_fit(concept, base_of(pipe), widths, found, [c for c in concepts[:k] if not c.off])
+        if concept.word in words:
+            raise ValueError(
+                f"Two of the applied concepts are called {concept.word}, so a prompt could not say which is meant. "
+                "Tune one of them with another word, or apply only one."
+            )
+        vector = {} if concept.off else concept.embedding
+        words[concept.word] = Token(vector, superclass_ids(found, concept.superclass))
+    return words
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts: list[str], concepts: Sequence[Concept] = ()) -> tuple[Tensor, Tensor]:
+    """Text encodings (b, n, d) of prompts that may hold the concepts' words, and `present` (b, j) for `JointEdit` of
+    those concepts that are not off. The word of one that is off becomes its superclass word."""
+    encodings, marks = read(encoders(pipe), prompts, words_of(pipe, concepts))
+    on = torch.tensor([k for k, concept in enumerate(concepts, 1) if not concept.off], dtype=torch.long)
+    return encodings, (marks[..., None] == on).any(1).float().to(encodings.device)
+
+
+@torch.no_grad()
+def pictures(pipe, prompts: list[str], concepts: Sequence[Concept] = (), negative: str = "", steps: int = 20,
+             guidance: float = 6.0, seeds: Sequence[int] | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    """Pictures (b, H, W, 3) in 0..1, one of each prompt, by the pipeline's own sampler.
+
+    `seeds` are one a prompt, 0, 1, 2 … unless given; `size` is (H, W), the pipeline's own unless given.
+    """
+    options, present = {}, []
+    for kind, lines in ("negative_", [negative] * len(prompts)), ("", prompts):
+        options[f"{kind}prompt_embeds"], named = encode_prompts(pipe, lines, concepts)
+        present.append(named)
+        if base_of(pipe) == "sdxl":
+            options[f"{kind}pooled_prompt_embeds"] = pooled(encoders(pipe), lines, words_of(pipe, concepts))
+    # the pipeline's rows are those of negative prompts, then positive ones; without guidance the latter alone
+    rows = torch.cat(present) if guidance > 1 else present[1]
+    height, width = size or (None, None)
+    on = tuple(concept for concept in concepts if not concept.off)
+    with edited(projections(pipe.unet), JointEdit(on)(rows)) if on else nullcontext():
+        made = pipe(
+            **options, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))], output_type="pt",
+        ).images
+    return made.movedim(1, -1).float()  # BCHW -> BHWC
+
+
+class DiffusersHost:
+    """See `host.Host`. `folder` is where covariances are kept; `progress` hears (done, total) while one is computed."""
+
+    def __init__(self, pipe, superclass: str, folder, progress=lambda done, total: None):
+        self.base, self.encoders = base_of(pipe), encoders(pipe)
+        self.ids = superclass_ids(self.encoders, superclass)
+        self.pipe, self.folder, self.progress = pipe, folder, progress
+        self.prediction = {"epsilon": "eps", "v_prediction": "v"}[pipe.scheduler.config.prediction_type]
+        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
+        self.projections = projections(pipe.unet)
+        alphas = pipe.scheduler.alphas_cumprod.double().clamp_min(DARKEST)
+        self.log_sigmas = ((1 - alphas) / alphas).log() / 2
+        self.pooled = {}  # prompt -> what SDXL adds to the time embedding
+
+    @contextmanager
+    def training(self, latents: Tensor):
+        models = self.pipe.unet, *(model for _, model in self.encoders.values())
+        weights = [(w, w.requires_grad) for model in models for w in model.parameters()]
+        try:
+            for w, _ in weights:
+                w.requires_grad_(False)
+            yield
+        finally:
+            for w, asked in weights:
+                w.requires_grad_(asked)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        found = vae.encode((images.movedim(-1, 1) * 2 - 1).to(vae.device, vae.dtype))  # BHWC -> BCHW
+        found = found.latents if isinstance(vae, AutoencoderTiny) else found.latent_dist.mode()
+        return found.float() * vae.config.scaling_factor
+
+    def embedding(self, word: str) -> dict[str, Tensor]:
+        tables = {name: model.get_input_embeddings().weight for name, (_, model) in self.encoders.items()}
+        return {name: tables[name][i].detach().float().cpu().clone()
+                for name, i in superclass_ids(self.encoders, word).items()}
+
+    def inverse_covariance(self) -> tuple[Tensor, str, dict]:
+        tokenizer, _ = next(iter(self.encoders.values()))
+
+        @torch.no_grad()
+        def encode(lines):
+            x, (ids, _) = read(self.encoders, lines, {})[0].float(), tokenise(tokenizer, lines, {})
+            ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+            return [row[: end + 1] for row, end in zip(x, ends)]
+
+        key = fingerprint(text_weights(self.encoders), None)  # ComfyUI's clip skip: none is set
+        return inverse_of(encode, key, captions(self.folder), self.folder, self.progress)
+
+    def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        x, marks = read(self.encoders, prompts, {word: Token(embedding, self.ids)})
+        for prompt, found in zip(prompts, marks.sum(1).tolist()):
+            if not found:
+                raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens.")
+            if found > 1:
+                raise ValueError(f"The caption '{prompt}' holds {word} {found} times, and once is needed. Leave "
+                                 "only {} where the word goes.")
+        return x.float().to(self.device), marks.argmax(1)
+
+    def errors(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> Tensor:
+        b, more = len(latents), {}
+        if self.base == "sdxl":
+            if prompt not in self.pooled:
+                self.pooled[prompt] = pooled(self.encoders, [prompt], {})
+            size = (side * self.pipe.vae_scale_factor for side in latents.shape[2:])
+            more = added(self.pooled[prompt].expand(b, -1), *size)
+        k = time.double().cpu() * (len(self.log_sigmas) - 1)
+        log_sigma = self.log_sigmas[k.floor().long()].lerp(self.log_sigmas[k.ceil().long()], k.frac())
+        nearest = (log_sigma[:, None] - self.log_sigmas).abs().argmin(1).to(self.device)
+        sigma = log_sigma.exp().to(latents).view(b, 1, 1, 1)
+        shrink = (1 + sigma**2).rsqrt()
+        x = (latents + sigma * noise) * shrink
+        target = noise if self.prediction == "eps" else (noise - sigma * latents) * shrink
+        found = self.pipe.unet(x.to(self.dtype), nearest, context, added_cond_kwargs=more).sample
+        return (found.float() - target) ** 2
+
+    def check(self):
+        """Nobody cancels here but with Ctrl-C, which raises by itself."""
