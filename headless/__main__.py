@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 from core import concept, importers
+from core.tune import Tuning
 
 from .comfy import ROOT, serve
 from .demo import demo
+from .learn import apply, tune
 
 
 def convert(arguments):
@@ -41,11 +43,35 @@ def option(*names, **settings):
 
 COMMANDS = {
     demo: (
-        option("checkpoint", help="an SD1.5, SD2.x or SDXL checkpoint"),
-        option("--captions", type=int, default=4096, help="captions for the covariance (default 4096)"),
-        option("--steps", type=int, default=3, help="steps to learn (default 3)"),
-        option("--resolution", type=int, default=256, help="pixels a side (default 256)"),
+        option("picture", nargs="?", help="a picture of a creature (default: one that comes with the pack)"),
+        option("--steps", type=int, default=50, help="steps to learn (default 50)"),
+        option("--seed", type=int, default=0, help="default 0"),
         option("--out", default=str(ROOT / "build"), help="the folder for what it makes (default build)"),
+    ),
+    tune: (
+        option("model", help="a folder of a diffusers pipeline: SD1.5, SD2.x, SDXL, or this pack's demo"),
+        option("pictures", nargs="+", help="pictures of one thing, of one size"),
+        option("--superclass", required=True, help="the plain word for its kind: cat, person, toy"),
+        option("--word", default="<mimi>", help='the new word for it, in angle brackets (default "<mimi>")'),
+        option("--steps", type=int, default=Tuning.steps, help=f"default {Tuning.steps}"),
+        option("--batch", type=int, default=Tuning.batch, help=f"samples in each step (default {Tuning.batch})"),
+        option("--seed", type=int, default=0, help="default 0"),
+        option("--resolution", type=int, help="pixels a side, about (default: what the pipeline was made for)"),
+        option("--mirror", action="store_true", help="learn from mirrored copies too"),
+        option("--mask", help="a picture that is white where the thing is"),
+        option("--out", default=".", help="a .safetensors file, or a folder for one named after the word (default .)"),
+    ),
+    apply: (
+        option("model", help="the folder of the pipeline that the concepts were learnt on"),
+        option("concepts", nargs="+", help="concept files"),
+        option("--prompt", required=True, help='what to draw: "a photo of <mimi> in the snow"'),
+        option("--negative", default="", help="what not to draw"),
+        option("--strength", type=float, help="0 to 1, of all concepts (default: as each was saved)"),
+        option("--count", type=int, default=1, help="pictures (default 1)"),
+        option("--seed", type=int, default=0, help="of the first picture; the others count on (default 0)"),
+        option("--steps", type=int, default=25, help="sampling steps (default 25)"),
+        option("--guidance", type=float, default=6.0, help="default 6"),
+        option("--out", default=".", help="the folder for the pictures (default .)"),
     ),
     comfy: (option("--port", type=int, default=8188, help="default 8188"),),
     convert: (

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -42,6 +43,14 @@ def enter(cpu: bool = False) -> Path | None:
     return find()
 
 
+def put(source: Path, target: Path, pattern: str):
+    """Copy what is not there yet, so that what was changed there stays."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob(pattern):
+        if not (target / path.name).exists():
+            shutil.copy(path, target)
+
+
 def serve(base: Path, port: int, *extra: str) -> subprocess.Popen:
     """Start the server on a folder of its own, with the pack linked into it. Raises ValueError without ComfyUI."""
     comfy = find()
@@ -52,6 +61,8 @@ def serve(base: Path, port: int, *extra: str) -> subprocess.Popen:
     link = base / "custom_nodes" / "perfusion-concepts"
     if not link.is_symlink():
         link.symlink_to(ROOT, target_is_directory=True)
+    put(ROOT / "demo" / "pictures", base / "input", "*.png")
+    put(ROOT / "example_workflows", base / "user" / "default" / "workflows", "*.json")
     import torch
 
     command = [sys.executable, "main.py", "--base-directory", str(base), "--listen", "127.0.0.1", "--port", str(port),

@@ -1,61 +1,41 @@
-"""The main job on one page: a photograph becomes a concept, the concept a file, and the file a word in a prompt."""
+"""The main job on one page, with nothing but Python: a picture becomes a concept, a file, and a word in prompts.
+
+The picture is of a creature that the demo's model never saw. The sheet shows it beside what the concept makes of each
+prompt, from strength 0, which is the model without the concept, to 1.
+"""
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from .comfy import MISSING, enter
+from core import concept as concepts
+from core import host_diffusers
+from core import tune as tuning
 
+from . import pictures
+from .learn import DEMO, captions, say
 
-class Console:
-    """Watches a tune and prints what it hears."""
-
-    def captions(self, done, total):
-        print(f"\rcaptions read, once for this text encoder: {done} of {total}", end="\n" * (done == total), flush=True)
-
-    def picture(self, before):
-        print("learning")
-
-    def step(self, progress):
-        print(f"step {progress.step} of {progress.steps}, loss {progress.losses[-1]:.4f}, "
-              f"{progress.seconds_left:.0f} s left", flush=True)
+WORD, SUPERCLASS = "<mimi>", "creature"
+PROMPTS = ("a flat drawing of a {} in the snow", "a clay model of a {} at the beach",
+           "an ink drawing of a {} wearing a crown on a stage", "a pastel drawing of a {} holding a balloon at night")
+STRENGTHS = (0, 0.25, 0.5, 0.75, 1)
 
 
 def demo(arguments):
-    """Quick Tune on a photograph that scikit-image ships, in ComfyUI, and the saved concept applied."""
-    if not enter(cpu=not torch.accelerator.is_available()):
-        raise ValueError(MISSING)
-    import comfy.sd
-    from PIL import Image
-    from skimage import data
-
-    from perfusion.core.apply import apply
-    from perfusion.core.concept import load, save
-    from perfusion.core.covariance import PACKAGED
-    from perfusion.core.host_comfy import picture
-    from perfusion.core.quick_tune import quick_tune
-    from perfusion.core.tune import Tuning
-
-    build = Path(arguments.out)
-    folder = build / "perfusion"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = PACKAGED.read_text(encoding="utf-8").splitlines()
-    (folder / "captions.txt").write_text("\n".join(lines[: arguments.captions]), encoding="utf-8")
-    with torch.inference_mode():
-        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(arguments.checkpoint)
-        photo = torch.from_numpy(data.chelsea().astype(np.float32) / 255)[None]
-        settings = Tuning(steps=arguments.steps, batch=1, resolution=arguments.resolution)
-        concept, before, after = quick_tune(model, clip, vae, photo, "cat", "<chelsea>", settings, None, None, folder,
-                                            Console(), keep=lambda c: str(save(c, build / "stopped.safetensors")))
-        path = save(concept, build / "chelsea.safetensors")
-        print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
-        size = tuple(side // 8 for side in after.shape[1:3])
-        strip = [photo, before, after]
-        for strength in (0, 0.5, 1):
-            edited = apply(model, clip, load(path).at(strength))
-            strip.append(picture(*edited, vae, "a photo of <chelsea> in the snow", size, seed=1))
-    sheet = [Image.fromarray((p[0].clamp(0, 1) * 255).byte().numpy()).resize((192, 192)) for p in strip]
-    out = build / "demo.png"
-    Image.fromarray(np.concatenate([np.asarray(p) for p in sheet], axis=1)).save(out)
-    print(f"{out}: the photograph; before and after; in the snow at strength 0, .5 and 1")
+    """Learn a creature from one picture on the model that comes with the pack, and draw it in other places."""
+    torch.set_num_threads(1)  # more gain nothing on so small a model, and on a busy machine wait for each other
+    out, photo = Path(arguments.out), pictures.read(arguments.picture or DEMO / "pictures" / "mimi.png")
+    pipe = host_diffusers.load(DEMO)
+    host = host_diffusers.DiffusersHost(pipe, SUPERCLASS, DEMO, captions)
+    settings = tuning.Tuning(steps=arguments.steps, seed=arguments.seed, resolution=128)
+    learnt = tuning.tune(host, photo, SUPERCLASS, WORD, settings, report=say,
+                         keep=lambda concept: str(concepts.save(concept, out / "mimi-stopped.safetensors")))
+    path = concepts.save(learnt, out / "mimi.safetensors")
+    print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
+    learnt, rows = concepts.load(path), []
+    for k, prompt in enumerate(PROMPTS):
+        made = [host_diffusers.pictures(pipe, [prompt.format(WORD)], [learnt.at(s)], seeds=[k]) for s in STRENGTHS]
+        rows.append([photo, *made])
+    sheet = pictures.sheet(rows, ["the picture", *(f"strength {s:g}" for s in STRENGTHS)],
+                           [prompt.format(WORD) for prompt in PROMPTS])
+    print(pictures.put(out / "demo.png", sheet))

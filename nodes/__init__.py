@@ -3,13 +3,14 @@
 from comfy_api.latest import ComfyExtension
 
 from .concept import ApplyConcept, GateStrength, LoadConcept, SaveConcept
+from .demo import DemoModel
 from .folders import register
 from .learn import QuickTune
 
 
 class PerfusionExtension(ComfyExtension):
     async def get_node_list(self):
-        return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept]
+        return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel]
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

@@ -198,3 +198,40 @@ def test_a_mistake_gets_a_sentence_on_the_node(server, change, sentence):
 
 def test_the_web_folder_is_served(server):
     assert any("perfusion" in path for path in server.call("/extensions"))
+
+
+def as_prompt(workflow, info):
+    """A saved workflow as the screen queues it: links and widgets by name."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for box in workflow["nodes"]:
+        if box["type"] == "MarkdownNote":
+            continue
+        kind, values = info[box["type"]], iter(box["widgets_values"])
+        linked = {socket["name"]: links[socket["link"]] for socket in box["inputs"] if socket["link"]}
+        given = {}
+        for name, (of, *options) in {**kind["input"]["required"], **kind["input"].get("optional", {})}.items():
+            options = options[0] if options else {}
+            widget = isinstance(of, list) or of in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            if name in linked:
+                given[name] = linked.pop(name)
+            elif widget and not options.get("forceInput"):
+                given[name] = next(values)
+                if options.get("control_after_generate") or box["type"] == "KSampler" and name == "seed":
+                    next(values)
+        assert not linked, f"{box['type']} has no {linked}"
+        assert list(values) in ([], ["image"]), f"{box['type']} has more widgets than inputs"  # the upload button
+        prompt[str(box["id"])] = {"class_type": box["type"], "inputs": given}
+    return prompt
+
+
+def test_the_demo_workflow_is_in_the_list_and_runs_on_the_demo_model(server):
+    assert "creature_demo.json" in server.call("/userdata?dir=workflows")
+    workflow = server.call("/userdata/workflows%2Fcreature_demo.json")
+    graph = as_prompt(workflow, server.call("/object_info"))
+    tuning = next(box for box in graph.values() if box["class_type"] == "PerfusionQuickTune")
+    tuning["inputs"]["steps"] = 2
+    status, outputs, errors = server.run(graph)
+    assert status == "success", errors
+    shown = next(key for key, box in graph.items() if box["class_type"] == "PreviewImage")
+    assert len(outputs[shown]["images"]) == 4

@@ -1,0 +1,79 @@
+"""Tune and apply on a machine with Python alone, over a diffusers folder."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from core import concept as concepts
+from core import host_diffusers
+from core import tune as tuning
+
+from . import pictures
+from .comfy import ROOT
+
+DEMO, FOLDER = ROOT / "demo", ROOT / "build" / "perfusion"
+
+
+def open_model(path):
+    """The pipeline of a diffusers folder, or of the demo's, and the folder that keeps its covariance."""
+    path = Path(path)
+    try:
+        if (path / "training.json").exists():
+            return host_diffusers.load(path), path
+        if not path.is_dir():  # else the library would take it for a name to download
+            raise FileNotFoundError("there is no such folder")
+        pipe = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, safety_checker=None)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"'{path}' is not a folder of a diffusers pipeline (model_index.json, unet, vae and so on), "
+                         f"or a file of it is missing or damaged: {error}") from error
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    return pipe, FOLDER
+
+
+def say(progress):
+    """Print one step."""
+    end = "\n" if progress.step == progress.steps else ""
+    print(f"\rstep {progress.step} of {progress.steps}, loss {progress.losses[-1]:.4f}, "
+          f"{progress.seconds_left:.0f} s left ", end=end, flush=True)
+
+
+def captions(done, total):
+    print(f"\rcaptions read, once for this text encoder: {done} of {total}", end="\n" * (done == total), flush=True)
+
+
+def tune(arguments):
+    """Learn a concept from one or several pictures of one thing."""
+    out = Path(arguments.out)
+    out = out if out.suffix == ".safetensors" else out / f"{arguments.word.strip('<>')}.safetensors"
+    if out.exists():
+        raise ValueError(f"'{out}' is there already, and was left as it is. Move it, or name another file with --out.")
+    images = [pictures.read(path) for path in arguments.pictures]
+    sizes = {picture.shape[1:3] for picture in images}
+    if len(sizes) > 1:
+        raise ValueError(f"The pictures are of {len(sizes)} sizes ({', '.join(f'{w}×{h}' for h, w in sorted(sizes))}), "
+                         "and have to be of one. Crop or scale them alike.")
+    mask = pictures.read(arguments.mask)[..., 0] if arguments.mask else None
+    pipe, folder = open_model(arguments.model)
+    resolution = arguments.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    settings = tuning.Tuning(steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, resolution=resolution,
+                             mirror=arguments.mirror)
+    host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder, captions)
+    learnt = tuning.tune(host, torch.cat(images), arguments.superclass, arguments.word, settings, mask, report=say,
+                         keep=lambda concept: str(concepts.save(concept, out.with_stem(f"{out.stem}-stopped"))))
+    path = concepts.save(learnt, out)
+    print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
+
+
+def apply(arguments):
+    """Make pictures of prompts that hold the words of learnt concepts."""
+    pipe, _ = open_model(arguments.model)
+    learnt = [concepts.load(path) for path in arguments.concepts]
+    if arguments.strength is not None:
+        learnt = [concept.at(arguments.strength) for concept in learnt]
+    made = host_diffusers.pictures(pipe, [arguments.prompt] * arguments.count, learnt, arguments.negative,
+                                   arguments.steps, arguments.guidance,
+                                   range(arguments.seed, arguments.seed + arguments.count))
+    for k, picture in enumerate(made):
+        print(pictures.write(Path(arguments.out) / f"{arguments.seed + k}.png", picture[None]))
