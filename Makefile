@@ -1,4 +1,5 @@
-# make demo · make test · make test-full · make bench-speed · make comfy · make lint
+# make demo · make test · make test-full · make bench · make bench-quick SEED=n · make bench-speed · make world
+# make comfy · make lint
 #
 # .venv is for development only; inside ComfyUI the pack needs nothing beyond what ComfyUI installs.
 
@@ -9,7 +10,7 @@ COMFYUI_REPOSITORY ?= https://github.com/comfyanonymous/ComfyUI
 COMFYUI_VERSION ?= v0.33.0
 RUN = PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest
 
-.PHONY: setup comfyui test test-full bench-speed demo comfy lint clean
+.PHONY: setup comfyui test test-full bench bench-quick bench-speed world demo comfy lint clean
 
 setup: .venv/ready comfyui
 
@@ -41,19 +42,20 @@ test-full: setup
 bench-speed: setup
 	$(BIN)/python -m bench.speed
 
-# A full-size SD1.5 of random weights shows that everything runs, and how long it takes; its pictures are noise.
-# With a checkpoint of your own: make demo CHECKPOINT=v1-5-pruned.safetensors CAPTIONS=4096 STEPS=150 RESOLUTION=512
-CHECKPOINT ?= build/sd1-random.safetensors
-CAPTIONS ?= 64
-STEPS ?= 3
-RESOLUTION ?= 128
+# One picture of a creature becomes a concept, on the small model that comes with the pack. ComfyUI is not needed.
+demo: .venv/ready
+	$(BIN)/python -m headless demo
 
-build/sd1-random.safetensors:
-	mkdir -p build
-	$(BIN)/python -m tests.checkpoints sd1 $@
+# The small model itself, from nothing. What is trained is kept in build/world, and goes on where it was stopped.
+world: .venv/ready
+	$(BIN)/python -m bench world
 
-demo: setup $(CHECKPOINT)
-	$(BIN)/python -m headless demo $(CHECKPOINT) --captions $(CAPTIONS) --steps $(STEPS) --resolution $(RESOLUTION)
+bench: .venv/ready
+	$(BIN)/python -m bench all
+
+SEED ?= 1
+bench-quick: .venv/ready
+	$(BIN)/python -m bench quick --seed $(SEED)
 
 comfy: setup
 	$(BIN)/python -m headless comfy

@@ -14,7 +14,7 @@ EDGES, BROAD = 0.5, 4.0  # weights of the differences between neighbours, and of
 
 def loss(vae, data):
     """The loss of a step, as `mini_loop.train` asks for it."""
-    pictures, masks = data["pictures"], data["masks"]
+    pictures, masks, device = data["pictures"], data["masks"], vae.device
 
     def step(generator):
         rows = torch.randint(len(pictures), (BATCH,), generator=generator)
@@ -22,12 +22,11 @@ def loss(vae, data):
         x = torch.stack([pictures[r, :, y : y + CROP, x : x + CROP] for r, (y, x) in zip(rows, at.tolist())])
         m = torch.stack([masks[r, :, y // 8 : (y + CROP) // 8, x // 8 : (x + CROP) // 8].sum(0)
                          for r, (y, x) in zip(rows, at.tolist())])
-        x = (x.float() / 255).contiguous(memory_format=torch.channels_last)
-        weight = 1 + 2 * F.interpolate(m[:, None].float() / 255, CROP)
+        x = (x.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)  # as both hosts give it
+        weight = 1 + 2 * F.interpolate(m[:, None].to(device).float() / 255, CROP)
         z = vae.encoder(x)
-        noise = torch.randn(z.shape, generator=generator).to(z.dtype) * NOISE
-        y = vae.decoder(z + noise).float()
-        difference = y - x
+        noise = torch.randn(z.shape, generator=generator).to(z) * NOISE
+        difference = (vae.decoder(z + noise).float() - x) / 2
         pixels = (weight * (difference.abs() + difference.square())).mean()
         edges = sum((weight * (d.diff(dim=k, append=d.narrow(k, -1, 1))).abs()).mean()
                     for d in (difference,) for k in (2, 3))

@@ -20,7 +20,6 @@ LATENT = 16  # side of the miniature's latents
 
 def draw(folder: Path, shards: int, seed: int):
     """Draw the shards that are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
     for k in tqdm(range(shards), "drawing", unit="k pictures"):
         path = folder / f"{k:03}.safetensors"
         if path.exists():
@@ -29,9 +28,15 @@ def draw(folder: Path, shards: int, seed: int):
         del drawn["captions"]  # worded anew each time
         drawn["pictures"] = (drawn["pictures"] * 255).round().byte()
         drawn["masks"] = (F.adaptive_avg_pool2d(drawn["masks"], LATENT) * 255).round().byte()
-        part = path.with_suffix(".part")
-        safetensors.torch.save_file(drawn, part)
-        part.rename(path)
+        keep(path, drawn)
+
+
+def keep(path: Path, tensors: dict[str, torch.Tensor]):
+    """Write tensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, part)
+    part.replace(path)
 
 
 def load(folder: Path, shards: int, without=()) -> dict[str, torch.Tensor]:

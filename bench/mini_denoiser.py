@@ -1,7 +1,8 @@
 """The miniature's denoiser and text encoder, trained together on the world's latents and captions.
 
-The UNet predicts v (Salimans & Ho 2022) on SD's own schedule. Subjects weigh more than what is behind them, and one
-caption in ten is empty, for guidance. A word in fifty is the unknown one, so that it means nothing in particular.
+The UNet predicts v (Salimans & Ho 2022) on SD's own schedule. Two times in three are drawn where shapes are decided,
+logit-normal around the middle (Esser et al. 2024, arXiv 2403.03206). Subjects weigh more than what is behind them, and
+one caption in ten is empty, for guidance. A word in fifty is the unknown one, so that it means nothing in particular.
 """
 
 import torch
@@ -13,6 +14,7 @@ from . import mini_data, mini_models
 
 BATCH = 16  # for each worker
 EMPTY, FORGOTTEN = 0.1, 0.02
+EVEN = 1 / 3  # of the times, drawn evenly
 
 
 class Denoiser(nn.Module):
@@ -33,7 +35,7 @@ def encode(vae, pictures: torch.Tensor) -> torch.Tensor:
     """Latents (m, 8, 16, 16) of pictures (m, 3, 128, 128) in bytes."""
     found = []
     for x in pictures.split(32):
-        x = (x.to(vae.device).float() / 255).contiguous(memory_format=torch.channels_last)
+        x = (x.to(vae.device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast(vae.device.type, torch.bfloat16):
             found.append(vae.encoder(x).half().cpu())
     return torch.cat(found)
@@ -55,7 +57,9 @@ def loss(denoiser: Denoiser, data: dict[str, torch.Tensor], scaling_factor: floa
         ids = ids.masked_fill(forgotten, unknown)
         x = data["latents"][rows].float() * scaling_factor
         noise = torch.randn(x.shape, generator=generator)
-        t = torch.randint(1000, (BATCH,), generator=generator)
+        even = torch.rand(BATCH, generator=generator)
+        middle = torch.randn(BATCH, generator=generator).sigmoid()
+        t = (even.where(torch.rand(BATCH, generator=generator) < EVEN, middle) * 1000).long().clamp_max(999)
         noisy, target = schedule.add_noise(x, noise, t), schedule.get_velocity(x, noise, t)
         weight = 1 + 2 * data["masks"][rows].sum(1, keepdim=True).float() / 255
         v = denoiser(noisy.to(device), t.to(device), ids.to(device)).float()

@@ -29,8 +29,7 @@ def train(name: str, folder: Path, module: nn.Module, loss: Callable, steps: int
     """
     path = folder / f"{name}.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = [p.detach().clone() for p in parameters]
     begun = 0
     if path.exists():
@@ -41,7 +40,7 @@ def train(name: str, folder: Path, module: nn.Module, loss: Callable, steps: int
     if WORKERS > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     shown = {}
-    bar = tqdm(range(begun, min(steps, stop or steps)), name, initial=begun, total=steps, disable=RANK > 0,
+    bar = tqdm(range(begun, steps if stop is None else stop), name, initial=begun, total=steps, disable=RANK > 0,
                mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
@@ -69,7 +68,7 @@ def train(name: str, folder: Path, module: nn.Module, loss: Callable, steps: int
             part = path.with_suffix(".part")
             torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
                         "step": step + 1}, part)
-            part.rename(path)
+            part.replace(path)
     with torch.no_grad():
         for p, a in zip(parameters, average):
             p.copy_(a)

@@ -1,8 +1,8 @@
 """A miniature of Stable Diffusion in the libraries' own classes, and how it is kept on disk.
 
 It is a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler) with one difference: of the text encoder's
-49,408 rows only those of the world's words are stored, then start and end. `pad` puts them where CLIP has them, at
-49,406 and 49,407, which ComfyUI's classes fix; the words come first, in the order of the tokenizer.
+49,408 rows only those of the world's words are stored, in the order of the tokenizer, then start and end. Whoever loads
+it puts these where CLIP has them, at 49,406 and 49,407, which ComfyUI's classes fix.
 """
 
 from functools import cache
@@ -20,7 +20,6 @@ UNKNOWN = "<unk>"
 WORDS = (UNKNOWN, *world.WORDS)
 ROWS, START, END = 49408, 49406, 49407
 WIDTH, LAYERS = 128, 2  # of the text encoder
-TABLE = "text_model.embeddings.token_embedding.weight"
 CHANNELS = 8  # of the latents; four lose the colours of things that are only a few latents wide
 UNET = dict(
     sample_size=16, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(96, 128), layers_per_block=1,
@@ -61,13 +60,6 @@ def compact_ids(captions: list[str]) -> torch.Tensor:
     """Ids (b, 77) of captions in the compact table: start and end follow the words."""
     ids = _tokenize()(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
     return ids.where(ids < START, ids - START + len(WORDS))
-
-
-def pad(table: torch.Tensor) -> torch.Tensor:
-    """The compact table (words + 2, d) as CLIP's of 49,408 rows."""
-    full = table.new_zeros(ROWS, table.shape[1])
-    full[: len(table) - 2], full[START:] = table[:-2], table[-2:]
-    return full
 
 
 def build() -> dict[str, torch.nn.Module]:

@@ -4,9 +4,9 @@ import json
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel
 
 from perfusion.bench import mini_autoencoder, mini_data, mini_denoiser, mini_loop, mini_models, world
+from perfusion.core import host_diffusers
 
 CAPTIONS = ["a creature", "a large blue spotted creature, in the snow", "", "a dragon on the left"]
 
@@ -32,17 +32,17 @@ def test_all_words_of_the_templates_are_in_captions():
     assert said <= set(drawn)
 
 
-def test_the_compact_table_and_the_padded_one_encode_alike():
-    compact = seeded()["text_encoder"].eval()
-    full = mini_models.text_encoder(49408).eval()
-    state = compact.state_dict()
-    table = next(name for name in state if name.endswith("token_embedding.weight"))
-    full.load_state_dict(state | {table: mini_models.pad(state[table])})
-    assert isinstance(full, CLIPTextModel)
-    ids = mini_models.tokenizer()(CAPTIONS, padding="max_length", max_length=77, return_tensors="pt").input_ids
+def test_the_compact_table_encodes_as_the_one_that_is_loaded(tmp_path):
+    networks = seeded()
+    mini_models.save(tmp_path, **networks, scaling_factor=1.0)
+    pipe = host_diffusers.load(tmp_path)
+    assert len(pipe.text_encoder.get_input_embeddings().weight) == 49408
     with torch.no_grad():
-        a = compact(mini_models.compact_ids(CAPTIONS)).last_hidden_state
-        b = full(ids).last_hidden_state
+        ids = mini_models.compact_ids(CAPTIONS)
+        compact = mini_models.text_encoder(len(mini_models.WORDS) + 2)
+        compact.load_state_dict({name: w.half().float() for name, w in networks["text_encoder"].state_dict().items()})
+        a = compact.eval()(ids).last_hidden_state
+        b, _ = host_diffusers.encode_prompts(pipe, CAPTIONS)
     assert torch.equal(a, b)
 
 

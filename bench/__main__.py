@@ -1,0 +1,39 @@
+"""The bench: `python -m bench`, run in the pack's folder. It needs no ComfyUI, and imports it where it is found."""
+
+import argparse
+import importlib
+import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # is read when torch is imported; waiting threads slow the others
+
+COMMANDS = {
+    "world": "make the miniature from nothing",
+    "reader": "train the network that reads pictures",
+    "metrics": "print what the reader reads of true pictures, degraded ones and wrong ones",
+    "entry": "show that the miniature obeys its captions and can draw an identity",
+    "all": "everything that follows: learning rates, all methods, the table",
+    "quick": "a few other creatures in ten minutes",
+    "creatures": "personalise held-out creatures, or a share of them",
+    "table": "draw the table and the picture of the results",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    chosen, rest = parser.parse_known_args()
+    from headless.comfy import enter
+
+    enter(cpu=True)
+    modules = {"world": "make_world", "reader": "train_reader"}
+    module = importlib.import_module(f"perfusion.bench.{modules.get(chosen.command, chosen.command)}")
+    sys.argv = [f"python -m bench {chosen.command}", *rest]
+    module.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""`make bench`: the whole of it, one process a core. What was done already is not done again."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+from .creatures import DEVICE, RATES, ROOT
+from .make_world import cores
+
+# Creatures: for learning rates; scored; scored of the peers without a GPU, with one seed; scored from five pictures.
+SEARCHED, SCORED, SLOW, FIVE = 4, 32, 16, 16
+
+
+def shared(*arguments):
+    """Run `bench creatures` with these arguments in as many processes as there are cores, or in one on a GPU."""
+    shards = 1 if DEVICE == "cuda" else cores()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if shards > 1 else None
+    each = [subprocess.Popen([sys.executable, "-m", "bench", "creatures", *map(str, arguments), "--shard",
+                              f"{k}/{shards}"], cwd=ROOT, env=environment) for k in range(shards)]
+    if any([process.wait() for process in each]):  # the list waits for all of them
+        raise SystemExit("A shard failed; see above. Run it again to go on.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--search", type=int, default=SEARCHED, help="dev creatures for the learning rates")
+    arguments = parser.parse_args()
+    fast = DEVICE == "cuda"
+    peers = [method for method in RATES if method != "perfusion"]
+    shared("--search", arguments.search)
+    shared("--methods", "perfusion", "--n", SCORED, "--seeds", 2)
+    shared("--methods", *peers, "--n", SCORED if fast else SLOW, "--seeds", 2 if fast else 1)
+    shared("--n", SCORED if fast else FIVE, "--seeds", 2 if fast else 1, "--pictures", 5)
+    subprocess.run([sys.executable, "-m", "bench", "table", "--again"], cwd=ROOT, check=True)

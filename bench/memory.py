@@ -1,0 +1,28 @@
+"""The peak memory of a piece of work, in megabytes of 2^20 bytes: of the process on Linux, or of the GPU."""
+
+from pathlib import Path
+
+import torch
+
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class Peak:
+    """`megabytes` is the most that any `with` block of it has reached; None before the first, or where nobody knows."""
+
+    def __init__(self, device: str):
+        self.cuda, self.megabytes = device == "cuda", None
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif CLEAR.exists():
+            CLEAR.write_text("5")  # the high-water mark falls to what is used now
+
+    def __exit__(self, *error):
+        found = torch.cuda.max_memory_allocated() // 2**20 if self.cuda else None
+        if not self.cuda and STATUS.exists():
+            line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+            found = int(line.split()[1]) // 1024
+        if found is not None:
+            self.megabytes = max(found, self.megabytes or 0)

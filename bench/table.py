@@ -1,0 +1,161 @@
+"""The results file, its table and its Pareto picture, from the runs that `bench creatures` left in build/bench.
+
+A row is a point: method, pictures, steps, strength. Its figures are means over creatures of the means over seeds; `sd`
+is over creatures and `se` that of their mean; seconds are of CPU time, or of the clock where a GPU runs. "paired" holds
+differences on the (creature, seed) that both points had: at equal steps, and between each method's best steps, which
+are those with the highest identity + alignment on dev creatures.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+from collections import defaultdict
+
+import torch
+
+from . import creatures, metrics, quick
+from . import reader as judge
+from .creatures import DEVICE, RATES, RESULTS, STEPS, STRENGTH
+from .examine import SUPERCLASS
+
+PICTURE, TABLE = RESULTS.with_suffix(".png"), RESULTS.with_suffix(".md")
+MEANS = ("identity", "top1", "colour", "shape", "pattern", "leak", "peak_mb", "alignment", "drift", "diversity",
+         "seconds", "bytes")
+COMPARED = "identity", "alignment"
+BOUNDED = "identity", "colour", "shape", "pattern", "top1", "alignment", "leak"
+
+
+def mean_se(values):
+    """Mean, standard deviation and standard error of the mean; the latter two None for one value."""
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return round(statistics.fmean(values), 5), sd and round(sd, 5), sd and round(sd / math.sqrt(len(values)), 5)
+
+
+def points(runs):
+    """{(method, pictures, steps, strength): {(creature, seed): row}} of runs, and the learning rate of each method."""
+    found, rates = defaultdict(dict), {}
+    for one in runs:
+        rates[one["method"]] = one["rate"]
+        for row in one["rows"]:
+            found[one["method"], one["pictures"], row["steps"], row["strength"]][one["creature"], one["seed"]] = row
+    return found, rates
+
+
+def by_creature(values):
+    """{(creature, seed): value} as a list of means over seeds, one a creature; what is unknown is left out."""
+    each = defaultdict(list)
+    for (creature, _), value in values.items():
+        if value is not None:
+            each[creature].append(value)
+    return [statistics.fmean(of) for of in each.values()]
+
+
+def row(key, of, rate):
+    """A point's figures."""
+    method, pictures, steps, strength = key
+    found = {"method": method, "pictures": pictures, "steps": steps, "strength": strength,
+             "n": len({creature for creature, _ in of}), "seeds": len({seed for _, seed in of}), "learning_rate": rate}
+    for name in MEANS:
+        each = by_creature({at: row[name] for at, row in of.items()})
+        mean, sd, se = mean_se(each) if each else (None, None, None)
+        found[name] = int(mean) if name == "bytes" else mean
+        if name in COMPARED:
+            found |= {f"{name}_sd": sd} | ({"identity_se": se} if name == "identity" else {})
+    return found
+
+
+def paired(a, b, of_a, of_b, steps):
+    """The differences a − b of two points, by metric; none where they had nothing in common."""
+    for metric in COMPARED:
+        each = by_creature({at: of_a[at][metric] - of_b[at][metric] for at in set(of_a) & set(of_b)
+                            if None not in (of_a[at][metric], of_b[at][metric])})
+        if each:
+            mean, _, se = mean_se(each)
+            yield {"a": a, "b": b, "steps": steps, "metric": metric, "mean": mean, "se": se, "n": len(each)}
+
+
+def results():
+    """What the results file holds. Raises ValueError where runs are missing or come from more than one commit."""
+    runs = [one for one in creatures.kept("test")
+            if one["creature"] < quick.FIRST and one["last"] == STEPS[-1]
+            and one["rate"] == creatures.chosen()[one["method"]]]
+    commits = {one["commit"] for one in runs}
+    if len(commits) != 1:
+        raise ValueError(f"A table is of one commit, and the runs are of {len(commits)}: {sorted(map(str, commits))}. "
+                         f"Run `bench all`, or remove the runs of the others from {creatures.runs_folder()}.")
+    found, rates = points(runs)
+    order = sorted(found, key=lambda key: (list(RATES).index(key[0]), key[1], key[3] or 0, key[2]))
+    pairs, best = [], {method: steps for method, (_, steps) in creatures.best().items()}
+    for method in [method for method in RATES if method != "perfusion"]:
+        at_best = ("perfusion", 1, best.get("perfusion"), STRENGTH), (method, 1, best.get(method), None)
+        pairs += paired("perfusion", method, *(found.get(key, {}) for key in at_best), "best")
+        for steps in STEPS:
+            same = ("perfusion", 1, steps, STRENGTH), (method, 1, steps, None)
+            pairs += paired("perfusion", method, *(found.get(key, {}) for key in same), steps)
+    bounds, held = {}, metrics.held_out(SUPERCLASS, seed=1)
+    for name, bound in (("ceiling", metrics.ceiling), ("floor", metrics.floor)):
+        scores = bound(judge.load(), SUPERCLASS, held)
+        bounds[name] = {key: round(scores[key].mean().item(), 5) for key in BOUNDED}
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"a core of {platform.machine()}"
+    return {"commit": commits.pop(), "machine": f"{machine}, torch {torch.__version__}",
+            "seeds": sorted({one["seed"] for one in runs}), **bounds, "best_steps": best,
+            "rows": [row(key, found[key], rates[key[0]]) for key in order], "paired": pairs}
+
+
+def table(found):
+    """The rows as Markdown."""
+    columns = ("method", "pictures", "steps", "strength", "n", "seeds", "identity", "identity_se", "colour", "shape",
+               "pattern", "top1", "alignment", "leak", "drift", "diversity", "seconds", "peak_mb", "bytes")
+
+    def cell(value):
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) and value < 100 else f"{value:.0f}" \
+            if isinstance(value, (int, float)) else f"{value}"
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for name in ("ceiling", "floor"):
+        lines.append("| " + " | ".join([f"*{name}*", *(cell(found[name].get(c)) for c in columns[1:])]) + " |")
+    lines += ["| " + " | ".join(cell(row[name]) for name in columns) + " |" for row in found["rows"]]
+    lines += ["", f"{len(found['paired'])} comparisons; below 4 standard errors nothing is to be read into one.", "",
+              "| a | b | metric | steps | a − b | ± | n |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {p['a']} | {p['b']} | {p['metric']} | {p['steps']} | {p['mean']:+.3f} | {cell(p['se'])} | {p['n']} |"
+              for p in found["paired"]]
+    return "\n".join(lines) + "\n"
+
+
+def draw(found):
+    """Identity over alignment, a line a method through its steps; further right and further up is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    rows = [row for row in found["rows"] if row["pictures"] == 1 and row["identity"] is not None]
+    for method in RATES:
+        at = [r for r in rows if r["method"] == method and r["strength"] in (None, STRENGTH)]
+        if at:
+            axes.errorbar([r["alignment"] for r in at], [r["identity"] for r in at],
+                          yerr=[r["identity_se"] or 0 for r in at], marker="o", label=method, capsize=2)
+            for r in at:
+                axes.annotate(r["steps"], (r["alignment"], r["identity"]), fontsize=7, xytext=(3, 3),
+                              textcoords="offset points")
+    for r in [r for r in rows if r["strength"] not in (None, STRENGTH)]:
+        axes.plot(r["alignment"], r["identity"], "x", color="C0", alpha=0.5)
+    axes.axhline(found["ceiling"]["identity"], color="grey", linestyle=":", label="true pictures")
+    axes.set(xlabel="alignment: share of the context drawn as asked", ylabel="identity of the one creature")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="gather the runs anew, else draw the file as it is")
+    if parser.parse_args().again:
+        RESULTS.write_text(json.dumps(results(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    TABLE.write_text(table(found), encoding="utf-8")
+    draw(found)
+    print(table(found))

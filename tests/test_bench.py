@@ -1,0 +1,189 @@
+"""The bench itself: peers learn and leave nothing behind, runs can be repeated, and the table says what they said."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from perfusion.bench import creatures, examine, mini_models, peers, table, world
+from perfusion.core import host_diffusers
+from perfusion.core.host_diffusers import DiffusersHost
+from perfusion.core.tune import TEMPLATES
+
+every_peer = pytest.mark.parametrize("method", [method for method in creatures.RATES if method != "perfusion"])
+SAMPLE = [(0, 0, 0.3), (0, 1, 0.7)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("demo")
+    torch.manual_seed(0)
+    networks = mini_models.build()
+    for p in (p for network in networks.values() for p in network.parameters() if p.ndim == 1):
+        p.data += 0.1 * torch.randn_like(p)  # fresh norms are all alike, and answers that sum to 0 span no space
+    mini_models.save(place, **networks, scaling_factor=0.7)
+    lines = world.sample(40, torch.Generator().manual_seed(1))["captions"]
+    (place / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def host(folder):
+    return DiffusersHost(host_diffusers.load(folder), "creature", folder)
+
+
+@pytest.fixture
+def small(folder, tmp_path, monkeypatch):
+    """A bench of few prompts, samples and steps, with files of its own."""
+    values = {"SAMPLING": 2, "PROMPTS": 2, "OPEN": 2, "DEMO": folder, "STEPS": (0, 2), "DIALLED": (2,),
+              "RESULTS": tmp_path / "creatures.json", "runs_folder": lambda: tmp_path}
+    for module in creatures, examine, table:
+        for name, value in values.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    cached = examine.creature, examine.free_renders, creatures.best
+    for function in cached:
+        function.cache_clear()
+    yield tmp_path
+    for function in cached:
+        function.cache_clear()
+
+
+def keep(folder, name, done):
+    (folder / f"{name}.json").write_text(json.dumps(done, allow_nan=False), encoding="utf-8")
+
+
+def weights(host):
+    return {name: w.clone() for name, w in host.pipe.unet.state_dict().items()}
+
+
+def steps(peer, n=2):
+    latents = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    return [peer.step(latents, torch.ones(1, 1, 8, 8), SAMPLE, torch.Generator().manual_seed(2)) for _ in range(n)]
+
+
+@every_peer
+def test_a_peer_learns_and_puts_every_weight_back(host, method):
+    before, asked = weights(host), [p.requires_grad for p in host.pipe.unet.parameters()]
+    with host.training(torch.zeros(1, 8, 8, 8)), peers.learning(
+            method, host, "creature", "<mimi>", 1e-3, 1e-3, TEMPLATES) as peer:
+        losses = steps(peer, 4)
+        assert losses[-1] < losses[0]
+        kept = [torch.equal(m.weight, before[f"{name}.weight"])
+                for name, m in host.pipe.unet.named_modules() if isinstance(m, torch.nn.Linear)]
+        assert (method == "textual-inversion") == all(kept)
+        assert peer.bytes >= 2 * 128
+    after = weights(host)
+    assert before.keys() == after.keys() and all(torch.equal(w, after[name]) for name, w in before.items())
+    assert [p.requires_grad for p in host.pipe.unet.parameters()] == asked
+
+
+def test_peers_keep_the_bytes_of_what_they_learn(host):
+    kept = {}
+    for method in creatures.RATES:
+        if method != "perfusion":
+            with peers.learning(method, host, "creature", "<mimi>", 1e-3, 1e-3, TEMPLATES) as peer:
+                kept[method] = peer.bytes
+    assert kept["textual-inversion"] == 2 * 128
+    assert kept["textual-inversion"] < kept["lora"] < kept["custom-diffusion"] < kept["dreambooth"]
+    assert kept["dreambooth"] > 2 * 5_000_000
+
+
+def test_a_peer_that_has_learnt_nothing_draws_the_class_word(host):
+    with peers.learning("lora", host, "creature", "<mimi>", 1e-3, 1e-3, TEMPLATES) as peer:
+        drawn = peer.draw(["a <mimi> in the snow"], [3], sampling=2, guidance=3.0)
+    plain = host_diffusers.pictures(host.pipe, ["a creature in the snow"], steps=2, guidance=3.0, seeds=[3])
+    torch.testing.assert_close(drawn, plain, atol=1e-5, rtol=0)
+
+
+def test_scored_creatures_prompts_differ_from_the_picture_and_searched_ones_are_of_another_split():
+    for k in range(4):
+        who, training, wanted = examine.creature("test", k)
+        assert world.split_of("creature", who) == 0
+        assert (wanted[:, : world.COMPANY] != training[:1, : world.COMPANY]).all()
+        assert world.split_of("creature", examine.creature("dev", k)[0]) == 1
+
+
+def test_a_run_can_be_repeated_and_its_table_says_what_it_said(host, small):
+    one = ("perfusion", 0.03, "test", 0, 0, 1, 2)
+    first, again = (creatures.run(host.pipe, *one) for _ in range(2))
+    unlike = {"seconds", "peak_mb"}
+    assert [{k: v for k, v in row.items() if k not in unlike} for row in first["rows"]] == [
+        {k: v for k, v in row.items() if k not in unlike} for row in again["rows"]]
+    assert [(row["steps"], row["strength"]) for row in first["rows"]] == [(0, .5), (2, .5), (2, .25), (2, .75), (2, 1.)]
+    assert all(row["drift"] == 0 for row in first["rows"])  # prompts without the word are those of the base
+    assert first["rows"][1]["peak_mb"] > 100 and first["rows"][0]["peak_mb"] is None
+    keep(small, "test-0", first)
+    keep(small, "test-1", creatures.run(host.pipe, "lora", 0.003, "test", 0, 0, 1, 2))
+    found = table.results()
+    row = next(row for row in found["rows"] if (row["method"], row["steps"], row["strength"]) == ("perfusion", 2, .5))
+    assert row["identity"] == first["rows"][1]["identity"]
+    assert set(row) == set("""method pictures steps strength n seeds learning_rate identity identity_sd identity_se top1
+        colour shape pattern leak peak_mb alignment alignment_sd drift diversity seconds bytes""".split())
+    assert row["n"] == 1 and row["identity_sd"] is None and row["learning_rate"] == 0.03
+    assert next(row for row in found["rows"] if row["method"] == "lora")["strength"] is None
+    assert {"commit", "machine", "seeds", "ceiling", "floor", "rows", "paired"} <= set(found)
+    assert found["ceiling"]["identity"] > found["floor"]["identity"]
+    assert {p["steps"] for p in found["paired"]} >= {0, 2} and "perfusion" in table.table(found)
+
+
+def test_a_run_that_learns_no_number_ends_with_what_it_had(host, small):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers.Peer, "step", lambda *arguments: float("nan"))
+        done = creatures.run(host.pipe, "lora", 0.003, "test", 0, 0, 1, 2)
+    assert [row["steps"] for row in done["rows"]] == [0]
+    examiner = examine.Examiner(host.pipe, "test", 0)
+    scores = examiner.scores(lambda prompts, seeds: torch.full((len(prompts), 128, 128, 3), float("nan")))
+    assert set(scores.values()) == {None}
+
+
+def test_copying_the_picture_is_likeness_without_alignment(host, small):
+    examiner = examine.Examiner(host.pipe, "test", 0)
+    own = world.render("creature", examiner.who, examiner.training[:1])[0].movedim(1, -1)
+    scores = examiner.scores(lambda prompts, seeds: own.expand(len(prompts), -1, -1, -1))
+    assert scores["alignment"] < 0.25 and scores["leak"] > 0.7 and scores["top1"] == 1
+    assert scores["identity"] > 0.5
+
+
+def searched(folder, creature, rate, identity, steps=5):
+    rows = [{"steps": at, "strength": None, "identity": 0.99 if not at else identity, "alignment": 0.9}
+            for at in (0, steps)]
+    keep(folder, f"dev-{creature}-{rate}", {"method": "lora", "rate": rate, "creature": creature, "seed": 0,
+                                            "pictures": 1, "rows": rows})
+
+
+def test_a_method_is_scored_at_the_rate_that_did_best_on_other_creatures(small):
+    for rate, identity in zip(creatures.RATES["lora"], (0.2, 0.5, 0.3)):
+        searched(small, 0, rate, identity)
+    searched(small, 1, creatures.RATES["lora"][2], 0.9)  # a creature on which the others were not tried yet
+    assert creatures.best() == {"lora": (creatures.RATES["lora"][1], 5)}
+    assert creatures.chosen()["lora"] == creatures.RATES["lora"][1]
+    assert creatures.chosen()["dreambooth"] == creatures.RATES["dreambooth"][1]  # not searched: the middle one
+
+
+def test_half_a_search_chooses_nothing(small):
+    searched(small, 0, creatures.RATES["lora"][0], 0.9)
+    assert creatures.best() == {}
+
+
+def test_shards_share_all_runs_out_and_share_none():
+    arguments = SimpleNamespace(search=0, first=0, n=5, seeds=2, methods=["perfusion", "lora"], pictures=1, steps=50)
+    every = list(creatures.runs(arguments))
+    assert len(every) == len(set(every)) == 20
+    shares = [[one for one in every if one[3] % 3 == shard] for shard in range(3)]
+    assert sorted(sum(shares, [])) == sorted(every) and all(shares)
+
+
+def test_errors_are_over_creatures_after_seeds_and_pairs_are_of_what_both_had():
+    def rows(values):
+        return {at: dict.fromkeys(table.MEANS, 0.0) | {"identity": value, "bytes": 10} for at, value in values.items()}
+
+    ours = rows({(0, 0): 0.4, (0, 1): 0.6, (1, 0): 0.7, (2, 0): 0.9, (3, 0): None})
+    row = table.row(("perfusion", 1, 5, 0.5), ours, 0.03)
+    assert row["identity"] == pytest.approx(0.7) and row["n"] == 4 and row["seeds"] == 2 and row["bytes"] == 10
+    assert row["identity_sd"] == pytest.approx(0.2) and row["identity_se"] == pytest.approx(0.2 / 3**0.5, abs=1e-5)
+    theirs = rows({(0, 0): 0.3, (1, 0): 0.4, (7, 0): 0.0})
+    pair = next(table.paired("perfusion", "lora", ours, theirs, 5))
+    assert (pair["n"], pair["metric"]) == (2, "identity")
+    assert pair["mean"] == pytest.approx(0.2) and pair["se"] == pytest.approx(0.1, abs=1e-5)
