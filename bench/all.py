@@ -23,12 +23,10 @@ def shared(*arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--search", type=int, default=SEARCHED, help="dev creatures for the learning rates")
-    arguments = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     fast = DEVICE == "cuda"
     peers = [method for method in RATES if method != "perfusion"]
-    shared("--search", arguments.search)
+    shared("--search", SEARCHED)
     shared("--methods", "perfusion", "--n", SCORED, "--seeds", 2)
     shared("--methods", *peers, "--n", SCORED if fast else SLOW, "--seeds", 2 if fast else 1)
     shared("--n", SCORED if fast else FIVE, "--seeds", 2 if fast else 1, "--pictures", 5)

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import subprocess
 import time
 from contextlib import ExitStack
@@ -108,6 +107,12 @@ def runs(arguments):
                            SEARCHED if arguments.search else arguments.steps)
 
 
+def share(every, shard: str):
+    """Those of the runs that are a process's own: "0/2" is the first of two. A creature's runs stay together."""
+    k, shards = map(int, shard.split("/"))
+    return [one for one in every if one[3] % shards == k]
+
+
 def kept(split: str):
     """The runs of a split that are done, on these weights."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs_folder().glob(f"{split}-*.json"))]
@@ -161,15 +166,14 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS[-1])
     parser.add_argument("--shard", default="0/1", help="this process's share: 0/2 is the first of two")
     arguments = parser.parse_args()
-    shard, shards = map(int, arguments.shard.split("/"))
-    if shards > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // shards))
+    if not arguments.shard.endswith("/1"):
+        torch.set_num_threads(1)
     runs_folder().mkdir(parents=True, exist_ok=True)
     pipe = host_diffusers.load(DEMO).to(DEVICE)
-    for one in runs(arguments):
+    for one in share(runs(arguments), arguments.shard):
         method, rate, split, k, seed, pictures, last = one
         path = runs_folder() / f"{split}-{k:03}-{method}-{rate}-s{seed}-p{pictures}-{last}.json"
-        if k % shards == shard and not path.exists():
+        if not path.exists():
             done = run(pipe, *one)
             path.with_suffix(".part").write_text(json.dumps(done, allow_nan=False), encoding="utf-8")
             path.with_suffix(".part").replace(path)

@@ -1,8 +1,8 @@
 """May methods be judged on this miniature? It has to obey its captions and to be able to draw an identity at all.
 
-Dev creatures in contexts unlike any training picture's, in four ways: drawn by the world (what no method can pass),
+Dev creatures in contexts unlike any training picture's, in five ways: drawn by the world (what no method can pass),
 the same through the autoencoder (what this miniature cannot pass), by the miniature from all coarse words that captions
-use, judged on the factors that they name, and by the class word alone.
+use, judged on the factors that they name, by the class word alone, and by the world with another creature.
 """
 
 import argparse

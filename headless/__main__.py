@@ -6,23 +6,18 @@ cannot do it raises as a ValueError or OSError with a sentence; that goes to std
 
 import argparse
 import sys
-from pathlib import Path
 
 from core import concept, importers
 from core.tune import Tuning
 
 from .comfy import ROOT, serve
 from .demo import demo
-from .learn import apply, tune
+from .learn import apply, target, tune
 
 
 def convert(arguments):
     """Turn a concept file of another Perfusion program (.ckpt, .pt) into this pack's .safetensors."""
-    out = Path(arguments.out)
-    if out.suffix != ".safetensors":
-        out = out / f"{arguments.word.strip('<>')}.safetensors"
-    if out.exists():
-        raise ValueError(f"'{out}' is there already, and was left as it is. Move it, or name another file with --out.")
+    out = target(arguments)
     learned, notes = importers.convert(arguments.file, arguments.word, arguments.superclass, arguments.index)
     concept.save(learned, out)
     print(*notes, f"{out} ({out.stat().st_size / 1024:.0f} KB)", sep="\n")

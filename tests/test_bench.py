@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perfusion.bench import creatures, examine, mini_models, peers, table, world
+from perfusion.bench import creatures, examine, peers, table, world
 from perfusion.core import host_diffusers
 from perfusion.core.host_diffusers import DiffusersHost
 from perfusion.core.tune import TEMPLATES
@@ -16,16 +16,9 @@ SAMPLE = [(0, 0, 0.3), (0, 1, 0.7)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("demo")
-    torch.manual_seed(0)
-    networks = mini_models.build()
-    for p in (p for network in networks.values() for p in network.parameters() if p.ndim == 1):
-        p.data += 0.1 * torch.randn_like(p)  # fresh norms are all alike, and answers that sum to 0 span no space
-    mini_models.save(place, **networks, scaling_factor=0.7)
+def folder(miniature, tmp_path_factory):
     lines = world.sample(40, torch.Generator().manual_seed(1))["captions"]
-    (place / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
-    return place
+    return miniature(tmp_path_factory.mktemp("demo"), lines)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,7 @@ def test_shards_share_all_runs_out_and_share_none():
     arguments = SimpleNamespace(search=0, first=0, n=5, seeds=2, methods=["perfusion", "lora"], pictures=1, steps=50)
     every = list(creatures.runs(arguments))
     assert len(every) == len(set(every)) == 20
-    shares = [[one for one in every if one[3] % 3 == shard] for shard in range(3)]
+    shares = [creatures.share(every, f"{shard}/3") for shard in range(3)]
     assert sorted(sum(shares, [])) == sorted(every) and all(shares)
 
 

@@ -25,18 +25,11 @@ def random(*shape, seed=0):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("demo")
-    torch.manual_seed(0)
-    networks = mini_models.build()
-    for p in (p for network in networks.values() for p in network.parameters() if p.ndim == 1):
-        p.data += 0.1 * torch.randn_like(p)  # fresh norms are all alike, and answers that sum to 0 span no space
-    mini_models.save(place, **networks, scaling_factor=SCALE)
+def folder(miniature, tmp_path_factory):
     draw = torch.Generator().manual_seed(1)
     picks = torch.randint(len(world.WORDS), (256, 12), generator=draw).tolist()
     lines = [" ".join(world.WORDS[k] for k in row) for row in picks]
-    (place / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
-    return place
+    return miniature(tmp_path_factory.mktemp("demo"), lines, SCALE)
 
 
 @pytest.fixture(scope="module")
