@@ -31,7 +31,7 @@ WORK, DEMO = ROOT / "build" / "world", ROOT / "demo"
 SETTINGS = {
     "seed": 1, "shards": 40,
     "vae": {"steps": 6000, "lr": 1e-3, "shards": 8},
-    "denoiser": {"steps": 32000, "lr": 1e-3},
+    "denoiser": {"steps": 22000, "lr": 1e-3},
     "tower": {"steps": 2500, "lr": 5e-4, "shards": 20},
     "decoded": 4, "captions": 1000,
 }

@@ -1,6 +1,6 @@
 """The pictures that the miniature is trained on: drawn once from the world, kept in shards that can be made again.
 
-A shard is a .safetensors file of pictures (m, 3, 128, 128) in bytes, masks (m, 2, 16, 16) in bytes, and all the numbers
+A shard is a .safetensors file of pictures (m, 3, 128, 128) in bytes, masks (m, 3, 16, 16) in bytes, and all the numbers
 of `world.sample`. It is drawn from its own seed, so a lost one comes back as it was.
 """
 

@@ -35,7 +35,7 @@ SPLITS = {"test": (0,), "dev": (1,), "train": tuple(range(2, MODULUS))}
 SCALES = (1., 1.12, 1.06)  # houses and flowers are drawn a little larger, to fill as much of the picture
 CHUNK = 16  # pictures painted at once: what fits in a core's cache is fastest
 NAMED = .85  # how often a training caption names a context column
-SHARES = (0, .5, .5, 1)  # of a subject's factors that have words, the share that a training caption names
+SHARES = (0, .5, 1, 1)  # of a subject's factors that have words, the share that a training caption names
 
 
 @dataclass(frozen=True)
@@ -136,26 +136,26 @@ def unlike(context, generator):
 # ---- pictures
 
 def render(superclass, identity, context, second=None):
-    """Draw subjects in their contexts: pictures (m, 3, H, W) in 0..1, and where the subjects are seen (m, 2, H, W).
+    """Draw subjects in their contexts: pictures (m, 3, H, W) in 0..1, and where the subjects are seen (m, 3, H, W).
 
     superclass (m,): indices into SUPERCLASSES, or one name for all. identity (m, f), context (m, c).
     second: the (superclass, identity) of the other subjects, for the contexts with company, else ignored; None: a twin.
-    masks[:, 0] is of the subjects, masks[:, 1] of the second ones; what is worn or held is of neither.
+    masks[:, 0] is of the subjects, masks[:, 1] of the second ones, masks[:, 2] of what is worn or held.
     """
     m = len(identity)
     superclass = _indices(superclass, m)
     other, other_identity = (superclass, identity) if second is None else (_indices(second[0], m), second[1])
     two = context[:, COMPANY] == TWO
     pictures = background(context[:, BACKGROUND], context[:, STYLE], context[:, VARIANT])
-    masks = torch.zeros(m, 2, SIZE, SIZE)
+    masks = torch.zeros(m, 3, SIZE, SIZE)
     layers = (other, other_identity, two), (superclass, identity, torch.ones_like(two))  # the second ones stand behind
     for place, (kinds, who, rows) in enumerate(layers):
         for kind in range(len(SUPERCLASSES)):
             for chunk in (rows & (kinds == kind)).nonzero()[:, 0].split(CHUNK):
-                painted, cover, shadow, mask = _subject(kind, who[chunk], context[chunk], first=place == 1)
+                painted, cover, shadow, mask, held = _subject(kind, who[chunk], context[chunk], first=place == 1)
                 pictures[chunk] = painted + (1 - cover) * (1 - shadow) * pictures[chunk]
                 masks[chunk, 1] = masks[chunk, 1] * (1 - cover[:, 0])
-                masks[chunk, 1 - place] = mask
+                masks[chunk, 1 - place], masks[chunk, 2] = mask, held
     return pictures.clamp_(0, 1), masks
 
 
@@ -164,7 +164,8 @@ def _indices(superclass, m):
 
 
 def _subject(kind, identity, context, first):
-    """The subjects of one superclass on nothing: premultiplied pictures, their coverage, shadows, masks."""
+    """The subjects of one superclass on nothing: premultiplied pictures, their coverage, shadows, masks, masks of what
+    they wear or hold."""
     place, size, two = context[:, PLACE], context[:, SCALE], context[:, COMPANY] == TWO
     u = torch.where(two, torch.tensor((27., 39.))[size], torch.tensor((31., 47.))[size]) * SCALES[kind]
     step = torch.tensor((26., 24.))[size] + 4 * two
@@ -182,7 +183,7 @@ def _subject(kind, identity, context, first):
     layer = Layer(u, context[:, STYLE, None, None])
     MODULES[kind].draw(layer, x, y, inward, factors)
     painted, cover = layer.finish()
-    mask = cover[:, 0].clone()
+    mask, held = cover[:, 0].clone(), torch.zeros_like(cover[:, 0])
     if first:
         maps = x, y, *MODULES[kind].anchors(factors), inward
         for thing, paint in enumerate(THINGS, 1):
@@ -194,8 +195,9 @@ def _subject(kind, identity, context, first):
                 painted[rows] = over + (1 - hidden) * painted[rows]
                 cover[rows] = hidden + (1 - hidden) * cover[rows]
                 mask[rows] *= 1 - hidden[:, 0]
+                held[rows] = hidden[:, 0]
     shadow = .28 * (1 - (x / .8).square() - ((y - 1) / .12).square()).clamp(0, 1)[:, None]
-    return painted, cover, shadow, mask
+    return painted, cover, shadow, mask, held
 
 
 # ---- captions
@@ -286,7 +288,7 @@ WORDS = tuple(sorted({word for phrase in (
 def sample(n, generator, split="train"):
     """n pictures with all that is known of them, in a dict:
 
-    pictures (n, 3, H, W), masks (n, 2, H, W), captions (list), superclass (n,), identity (n, f), context (n, c),
+    pictures (n, 3, H, W), masks (n, 3, H, W), captions (list), superclass (n,), identity (n, f), context (n, c),
     second_superclass (n,), second_identity (n, f). Both subjects' identities are of the split.
     """
     context = contexts(n, generator)

@@ -48,11 +48,12 @@ def test_pictures_do_not_depend_on_what_they_are_drawn_together_with(drawn):
 
 def test_pictures_and_masks_are_in_range_and_the_subjects_are_seen(drawn):
     pictures, masks, two = drawn["pictures"], drawn["masks"], drawn["context"][:, world.COMPANY] == world.TWO
-    assert pictures.shape == (N, 3, 128, 128) and masks.shape == (N, 2, 128, 128)
+    assert pictures.shape == (N, 3, 128, 128) and masks.shape == (N, 3, 128, 128)
     for t in (pictures, masks):
         assert t.isfinite().all() and t.min() >= 0 and t.max() <= 1
     assert masks.sum(1).max() <= 1 + 1e-5 and 0 < two.sum() < N
     seen = masks.mean((2, 3))
+    assert (seen[:, 2] > .002).equal(drawn["context"][:, world.THING] > 0)
     assert seen[:, 0].min() > .02 and seen[two, 1].min() > .01 and not seen[~two, 1].any()
 
 
