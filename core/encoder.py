@@ -16,7 +16,8 @@ SD1.5 with CLIP-ViT-H-14: 16 class tokens of 1280, 4 blocks, 31.7 M numbers, 61 
 Letters: b batch · l layers kept of the tower · w its width · d of each text encoder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,23 @@ def standardise(encoder: Encoder, seen: Tensor, felt: Sequence[Tensor]):
         mean, spread = x.mean(0), x.std(0).square().mean().sqrt().clamp_min(1e-6)
         layer.weight /= spread
         layer.bias -= layer.weight @ mean
+
+
+@contextmanager
+def pooled_answers(blocks: Iterable[nn.Module]):
+    """While open, the list that it gives gets g_k (b, w_k) of each block as a UNet runs, in their order."""
+    found = []
+
+    def keep(block, inputs, answer):
+        x = answer if torch.is_tensor(answer) else answer[0]  # diffusers hands on what the way up needs beside it
+        found.append(x.float().mean((2, 3)))
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def embedding(superclass: Mapping[str, Tensor], E: Mapping[str, Tensor]) -> dict[str, Tensor]:

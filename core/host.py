@@ -18,6 +18,7 @@ class Host(Protocol):
     device: torch.device
     dtype: torch.dtype  # what the UNet computes in
     projections: dict[str, torch.nn.Module]  # every cross-attention to_k and to_v
+    attention: dict[str, torch.nn.Module]  # every to_q, to_k and to_v of self- and cross-attention
 
     def training(self, latents: Tensor) -> AbstractContextManager:
         """Everything that gradients need, for steps on latents (1, c, h, w), undone on leaving."""
@@ -33,7 +34,8 @@ class Host(Protocol):
 
     def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Text encodings (b, n, d) of prompts that hold `word` once, with gradient to `embedding`, and the word's
-        position (b) in each. Raises ValueError where a prompt holds it more often, or beyond the encoder's reach."""
+        position (b) in each. An embedding is (d) for all prompts or (b, d), one for each. Raises ValueError where a
+        prompt holds the word more often, or beyond the encoder's reach."""
 
     def errors(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> Tensor:
         """Squared error (b, c, h, w) of the model's own prediction target at noise levels `time` (b) in [0, 1).
@@ -41,6 +43,9 @@ class Host(Protocol):
         `latents` and `noise` are (b, c, h, w), `context` is (b, n, d). `prompt` holds the superclass word; what the
         model is conditioned on beside `context` is read from it.
         """
+
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> list[Tensor]:
+        """What the UNet's down blocks answer, mean over positions, each (b, width), without gradient; see `errors`."""
 
     def check(self) -> None:
         """Raise the host's own exception where the user has cancelled."""

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import apply as applying
+from . import weight_offset
 from .covariance import captions, inverse_of
+from .encoder import pooled_answers
 from .fingerprint import exact, fingerprint, sample
 from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
 
@@ -95,6 +97,15 @@ def checkpointed(diffusion_model):
                 block.forward = forward
 
 
+def down_blocks(diffusion_model) -> list[torch.nn.Module]:
+    """What each level of the way down ends with: the layer that halves the picture, and the last block's last layer.
+
+    Layers, because the host calls these itself and never a block.
+    """
+    layers = [block[-1] for block in diffusion_model.input_blocks]
+    return [layer for layer in layers if type(layer).__name__ == "Downsample"] + layers[-1:]
+
+
 @contextmanager
 def own_copies(text):
     """While open, the norms of a text encoder read copies, so that what they save for the way back stays as it is."""
@@ -137,6 +148,7 @@ class ComfyHost:
                 without_inference(patcher.model)
             self.text = text.model
             self.projections = applying.projections(self.patcher.model.diffusion_model)
+            self.attention = weight_offset.attention(self.patcher.model.diffusion_model)
             tight = memory.get_free_memory(self.device) < need
             unet = checkpointed(self.patcher.model.diffusion_model) if tight else nullcontext()
             with unet, own_copies(self.text):
@@ -167,10 +179,12 @@ class ComfyHost:
         return [t for t, _ in chunk].index(token, 1)
 
     def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        clip = with_word(self.clip, word, Token(embedding, self.ids))
-        x, chunks = encode_chunks(lambda tokens: self.answer(tokens)[0], [clip.tokenize(prompt) for prompt in prompts])
-        vectors = [id(v) for v in embedding.values()]
-        at = [[k for k, (t, _) in enumerate(chunk) if id(t) in vectors] for chunk in chunks]
+        each = [{name: v if v.ndim == 1 else v[k] for name, v in embedding.items()} for k in range(len(prompts))]
+        clips = [with_word(self.clip, word, Token(own, self.ids)) for own in each]
+        found = [clip.tokenize(prompt) for clip, prompt in zip(clips, prompts)]
+        x, chunks = encode_chunks(lambda tokens: self.answer(tokens)[0], found)
+        at = [[k for k, (t, _) in enumerate(chunk) if any(t is v for v in own.values())]
+              for own, chunk in zip(each, chunks)]
         for prompt, places in zip(prompts, at):
             if not places:
                 raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens.")
@@ -207,6 +221,12 @@ class ComfyHost:
         # apply_model answers in x0; the error of ε is 1/σ of that, the error of v √(1/σ² + 1/σ_data²)
         weight = 1 / sigma**2 + (0 if self.prediction == "eps" else 1 / sampling.sigma_data**2)
         return weight.view(b, 1, 1, 1) * (denoised - latents) ** 2
+
+    @torch.no_grad()
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> list[Tensor]:
+        with pooled_answers(down_blocks(self.patcher.model.diffusion_model)) as found:
+            self.errors(latents, noise, time, context, prompt)
+        return found
 
     def check(self):
         memory.throw_exception_if_processing_interrupted()

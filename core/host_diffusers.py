@@ -24,8 +24,10 @@ from diffusers import (
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
+from . import weight_offset
 from .concept import Concept
 from .covariance import captions, inverse_of
+from .encoder import pooled_answers
 from .fingerprint import fingerprint
 from .joint_edit import JointEdit, check_fit
 from .key_lock import edited
@@ -71,20 +73,24 @@ def base_of(pipe) -> str:
     return FAMILIES[width]
 
 
-def projections(unet) -> dict[str, torch.nn.Module]:
-    """Every cross-attention `to_k` and `to_v` of a UNet by the name that ComfyUI has for it (SD1.5: 32, SDXL: 140).
+def attention(unet) -> dict[str, torch.nn.Module]:
+    """Every `to_q`, `to_k` and `to_v` of a UNet by the name that ComfyUI has for it (SD1.5: 96, SDXL: 420).
 
     ComfyUI counts through all blocks: conv_in, then a level's layers and what halves it, or its one layer more.
     """
     per_level, found = unet.config.layers_per_block + 1, {}
-    for name, module in unet.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            side, level, layer, rest = re.fullmatch(
-                r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)", name).groups()
-            k = per_level * int(level or 0) + int(layer)
-            place = {"down": f"input_blocks.{k + 1}", "mid": "middle_block", "up": f"output_blocks.{k}"}[side]
-            found[f"{place}.1.{rest}"] = module
+    for name, module in weight_offset.attention(unet).items():
+        side, level, layer, rest = re.fullmatch(
+            r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)", name).groups()
+        k = per_level * int(level or 0) + int(layer)
+        place = {"down": f"input_blocks.{k + 1}", "mid": "middle_block", "up": f"output_blocks.{k}"}[side]
+        found[f"{place}.1.{rest}"] = module
     return found
+
+
+def projections(unet) -> dict[str, torch.nn.Module]:
+    """Every cross-attention `to_k` and `to_v` (SD1.5: 32, SDXL: 140); see `attention`."""
+    return {name: module for name, module in attention(unet).items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
 
 
 def encoders(pipe) -> Encoders:
@@ -159,7 +165,7 @@ class DiffusersHost:
         self.pipe, self.folder, self.progress = pipe, folder, progress
         self.prediction = {"epsilon": "eps", "v_prediction": "v"}[pipe.scheduler.config.prediction_type]
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
-        self.projections = projections(pipe.unet)
+        self.projections, self.attention = projections(pipe.unet), attention(pipe.unet)
         alphas = pipe.scheduler.alphas_cumprod.double().clamp_min(DARKEST)
         self.log_sigmas = ((1 - alphas) / alphas).log() / 2
         self.pooled = {}  # prompt -> what SDXL adds to the time embedding
@@ -226,6 +232,12 @@ class DiffusersHost:
         target = noise if self.prediction == "eps" else (noise - sigma * latents) * shrink
         found = self.pipe.unet(x.to(self.dtype), nearest, context, added_cond_kwargs=more).sample
         return (found.float() - target) ** 2
+
+    @torch.no_grad()
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> list[Tensor]:
+        with pooled_answers(self.pipe.unet.down_blocks) as found:
+            self.errors(latents, noise, time, context, prompt)
+        return found
 
     def check(self):
         """Nobody cancels here but with Ctrl-C, which raises by itself."""

@@ -71,12 +71,12 @@ def tokenise(tokenizer, prompts: list[str], ids: dict[str, int]) -> tuple[Tensor
 
 @contextmanager
 def spoken(model, marks: Tensor, vectors: list[Tensor | None]):
-    """While open, a text encoder reads vectors (d) where `marks` (b, n) has their number, counted from 1."""
+    """While open, a text encoder reads vectors, (d) or (b, d), where `marks` (b, n) has their number, from 1."""
 
     def answer(table, inputs, rows):
         for k, vector in enumerate(vectors, 1):
             if vector is not None:
-                rows = torch.where((marks == k)[..., None].to(rows.device), vector.to(rows), rows)
+                rows = torch.where((marks == k)[..., None].to(rows.device), vector[..., None, :].to(rows), rows)
         return rows
 
     hook = model.get_input_embeddings().register_forward_hook(answer)

@@ -3,6 +3,7 @@
 Two programs that share no code of a model; where they agree, what the pack reads and edits is what it should be.
 """
 
+import copy
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from perfusion.bench import mini_models
 from perfusion.core import apply as applying
-from perfusion.core import demo_comfy, host_comfy
+from perfusion.core import demo_comfy, host_comfy, weight_offset
 from perfusion.core import host_diffusers as hd
 from perfusion.core.concept import dump, parse
 from perfusion.core.covariance import PACKAGED
@@ -141,6 +142,70 @@ def test_projections_are_the_same_modules_by_name(pair, kind):
     theirs, ours = applying.projections(w.model.model.diffusion_model), hd.projections(w.pipe.unet)
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name].weight.float(), ours[name].weight) for name in ours)
+
+
+@every_kind
+def test_attention_is_the_same_modules_by_name(pair, kind):
+    w = pair(kind)
+    theirs, ours = weight_offset.attention(w.model.model.diffusion_model), hd.attention(w.pipe.unet)
+    assert theirs.keys() == ours.keys() and len(ours) == 3 * len(hd.projections(w.pipe.unet))
+    assert all(torch.equal(theirs[name].weight.float(), ours[name].weight) for name in ours)
+
+
+@every_kind
+def test_the_features_agree_and_leave_nothing_behind(pair, kind):
+    w = pair(kind)
+    times = torch.tensor([0.1234, 0.77777])
+    latents, noise = draw(w, 2)
+    context = hd.encode_prompts(w.pipe, [f"a photo of a {w.cat}"])[0].expand(2, -1, -1)
+    found = []
+    for host in w.comfy(), w.diffusers():
+        with host.training(latents[:1]):
+            found.append(host.features(latents, noise, times, context, f"a photo of a {w.cat}"))
+    assert [tuple(x.shape) for x in found[1]] == [(2, c) for c in w.pipe.unet.config.block_out_channels]
+    assert not any(x.requires_grad for x in found[0] + found[1])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    assert not any(m._forward_hooks for m in (*w.pipe.unet.modules(), *w.model.model.diffusion_model.modules()))
+
+
+@every_kind
+def test_errors_under_weight_offsets_agree_with_those_of_changed_weights(pair, kind):
+    w = pair(kind)
+    latents, noise = draw(w, 1)
+    context, _ = hd.encode_prompts(w.pipe, [f"a photo of a {w.cat}"])
+    about = noise, torch.tensor([0.4]), context, f"a photo of a {w.cat}"
+    found, plain, r = [], [], torch.Generator().manual_seed(5)
+    offsets = {name: weight_offset.Offset(0.2 * torch.randn(factors.output.shape, generator=r), factors.input.detach())
+               for name, factors in weight_offset.start(hd.attention(w.pipe.unet)).items()}
+    for host in w.comfy(), w.diffusers():
+        with host.training(latents), torch.no_grad():
+            plain.append(host.errors(latents, *about))
+            with weight_offset.modulated(host.attention, offsets):
+                found.append(host.errors(latents, *about))
+    unet = copy.deepcopy(w.pipe.unet)
+    for name, module in hd.attention(unet).items():
+        module.weight.data = weight_offset.modulate(module.weight.data, offsets[name])
+    with torch.no_grad():
+        host = w.diffusers()
+        host.pipe = SimpleNamespace(**{**vars(host.pipe), "unet": unet, "vae_scale_factor": 8})
+        found.append(host.errors(latents, *about))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1], found[2], atol=1e-4, rtol=1e-4)
+    assert (found[0] - plain[0]).abs().max() > 1e-2
+
+
+@every_kind
+def test_each_prompt_may_have_an_embedding_of_its_own(pair, kind):
+    w = pair(kind)
+    prompts, r = [f"a photo of a {MIMI}, red", f"{MIMI} in the snow"], torch.Generator().manual_seed(2)
+    for host in w.comfy(), w.diffusers():
+        with host.training(torch.zeros(1, w.pipe.unet.config.in_channels, 8, 8)), torch.no_grad():
+            own = {name: v + 0.1 * torch.randn(2, len(v), generator=r) for name, v in host.embedding(w.cat).items()}
+            x, at = host.encode(prompts, MIMI, own)
+            for k, prompt in enumerate(prompts):
+                alone, place = host.encode([prompt], MIMI, {name: v[k] for name, v in own.items()})
+                torch.testing.assert_close(x[k : k + 1], alone, atol=1e-5, rtol=1e-5)
+                assert at[k] == place
 
 
 @every_kind
