@@ -2,24 +2,20 @@
 
 The file holds what applying needs and nothing more: fp16 tensors by name (`embedding.<encoder>`, `target_input`,
 `key_input`, `direction`, `target_output.<projection>`, values only) and string metadata. SD1.5: about 35 KB.
-It is written beside its target and moved over it; it is only ever parsed as safetensors.
+It is only ever parsed as safetensors.
 """
 
 import base64
 import hashlib
 import json
 import math
-import os
 import re
-import struct
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from .file import pack, unpacked, write
 from .key_lock import TEMPERATURE, bias_of
 
 FORMAT = "perfusion-concept/1"
@@ -109,21 +105,13 @@ def dump(concept: Concept) -> bytes:
                 f"'{name}' of {concept.word} holds values that its file cannot (NaN, infinite or beyond 65504): "
                 "learning diverged. Nothing was saved; tune the concept again with fewer steps or another seed."
             )
-    data = safetensors.torch.save(tensors)  # without metadata, which it would write in a random order
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.dumps({"__metadata__": metadata} | json.loads(data[8:end]), separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + data[end:]
+    return pack(tensors, metadata)
 
 
 def parse(data: bytes, name: str) -> Concept:
     """The concept that a file's bytes hold; `name` is for messages. Raises ValueError with a sentence."""
     again = "Load another file, or tune the concept again."
-    try:
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__") or {}
-    except (SafetensorError, struct.error, KeyError) as error:  # KeyError: a number format that torch lacks
-        raise ValueError(f"'{name}' is not a whole .safetensors file ({error}). {again}") from error
+    tensors, metadata = unpacked(data, name, again)
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"'{name}' is not a concept of this pack: its format should be {FORMAT}, it is "
@@ -209,34 +197,6 @@ def _verified(data: bytes, name: str, sha256: str) -> Concept:
             "Get the file that it was made with, or choose this one again in the list to use it."
         )
     return parse(data, name)
-
-
-def write(path, data: bytes) -> Path:
-    """Put bytes at a path: written aside, flushed, moved over the target, so a reader sees the old file or the new.
-
-    Raises OSError with a sentence where they cannot be written; nothing is left behind then.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)  # mkstemp's 600 would hide the file from others who share the folder
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"'{path.name}' ({len(data) / 1024:.0f} KB) could not be written to {path.parent}: {error.strerror}. "
-            "Nothing was changed there. Make room or choose another folder, then queue again.",
-        ) from error
-    return path
 
 
 def save(concept: Concept, path) -> Path:

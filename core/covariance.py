@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .concept import write
+from .file import write
 from .fingerprint import fingerprint
 from .key_lock import invert, second_moment
 

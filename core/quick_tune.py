@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 
 from . import tune as tuning
 from .apply import apply, check, plain
-from .concept import check_word, dump, load, parse, save, write
+from .concept import check_word, dump, load, parse, save
 from .covariance import captions
+from .file import write
 from .host_comfy import ComfyHost, picture, tune_key
 from .prompt import Token, with_word
 

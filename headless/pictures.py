@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from core.concept import write as keep
+from core.file import write as keep
 
 
 def read(path) -> torch.Tensor:
