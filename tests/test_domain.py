@@ -1,0 +1,92 @@
+"""Domain and its file: what goes in comes out, and what is no domain gets a sentence."""
+
+import json
+
+import pytest
+import torch
+
+from perfusion.core import domain as domains
+from perfusion.core.domain import Domain, dump, load, parse, save
+from perfusion.core.encoder import Encoder
+from perfusion.core.file import pack, unpacked
+from perfusion.core.weight_offset import Offset
+
+NAMES = "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.attn2.to_v"
+
+
+@pytest.fixture
+def domain():
+    torch.manual_seed(0)
+    encoder = Encoder(3, 10, (6, 8), {"clip_l": 5, "clip_g": 7}, hidden=16)
+    for layer in encoder.out.values():
+        torch.nn.init.normal_(layer.weight)
+    encoder.load_state_dict({name: t.half().float() for name, t in encoder.state_dict().items()})
+    offsets = {name: Offset(torch.randn(3, 4).half().float(), torch.randn(2, 6).half().float()) for name in NAMES}
+    return Domain("sd1", "eps", "cat", "0123", encoder.eval(), offsets, {"steps": 3, "rate": 1e-3})
+
+
+def changed(domain, tensors=(), **metadata):
+    """The file with some tensors and facts put in place of its own; None takes one away."""
+    held, facts = unpacked(dump(domain), "x", "")
+    held, facts = held | dict(tensors), facts | metadata
+    return pack({k: t for k, t in held.items() if t is not None}, {k: v for k, v in facts.items() if v is not None})
+
+
+def test_a_domain_comes_back_from_its_file_and_answers_alike(domain, tmp_path):
+    path = save(domain, tmp_path / "folder" / "cats.safetensors")
+    found = load(path)
+    assert dump(found) == dump(domain) == path.read_bytes() and found.hash == domain.hash
+    assert (found.base, found.prediction, found.superclass, found.tower, found.training) == (
+        "sd1", "eps", "cat", "0123", {"steps": 3, "rate": 1e-3})
+    seen, felt = torch.randn(2, 3, 10), [torch.randn(2, 6), torch.randn(2, 8)]
+    here, there = domain.encoder(seen, felt), found.encoder(seen, felt)
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    assert found.offsets.keys() == set(NAMES)
+    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(found.offsets[name], domain.offsets[name]))
+    assert not any(p.requires_grad for p in found.encoder.parameters())
+
+
+def test_the_hash_tells_one_number_from_another(domain):
+    other = domain.offsets | {NAMES[0]: Offset(domain.offsets[NAMES[0]].output + 1, domain.offsets[NAMES[0]].input)}
+    assert Domain(**vars(domain) | {"offsets": other}).hash != domain.hash
+
+
+def test_what_fp16_cannot_hold_is_not_saved(domain, tmp_path):
+    domain.encoder.tower[1].weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match="tower.1.weight.*diverged"):
+        save(domain, tmp_path / "cats.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how, says", [
+    (dict(tensors={"encoder.tower.0.weight": None}), "encoder in 'x' is damaged"),
+    (dict(tensors={"encoder.tower.1.weight": torch.zeros(16, 11)}), "encoder in 'x' is damaged"),
+    (dict(tensors={"encoder.tower.2.bias": None}), "encoder in 'x' is damaged"),
+    (dict(tensors={"encoder.tower.0.weight": torch.zeros(3)}), "encoder in 'x' is damaged"),
+    (dict(tensors={"encoder.out.clip_l.weight": None, "encoder.out.clip_g.weight": None}), "encoder in 'x' is damaged"),
+    (dict(tensors={"encoder.out.clip_l.bias": torch.full((5,), torch.nan)}), "no numbers"),
+    (dict(tensors={"encoder.unet.0.bias": torch.zeros(16, dtype=torch.int32)}), "no numbers"),
+    (dict(tensors={"other": torch.zeros(1)}), "unknown"),
+    (dict(tensors={f"offset.{NAMES[0]}.input": None}), "factors"),
+    (dict(tensors={f"offset.{NAMES[0]}.input": torch.zeros(3, 6)}), "factors"),
+    (dict(base="sd9"), "facts"), (dict(base=None), "facts"), (dict(training="[1"), "facts"),
+    (dict(training=json.dumps([1])), "facts"), (dict(superclass=""), "facts"), (dict(prediction="x"), "facts"),
+    (dict(format="perfusion-concept/1"), "not a domain"), (dict(format=None), "not a domain"),
+])
+def test_a_damaged_file_gets_a_sentence(domain, how, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        parse(changed(domain, **how), "x")
+    assert str(caught.value).endswith(".")
+
+
+def test_a_file_cut_short_anywhere_gets_a_sentence(domain):
+    data = dump(domain)
+    for end in range(0, len(data), 97):
+        with pytest.raises(ValueError, match="not a whole .safetensors file"):
+            parse(data[:end], "x")
+
+
+def test_a_file_too_large_is_not_read(domain, tmp_path, monkeypatch):
+    monkeypatch.setattr(domains, "LARGEST", 100)
+    with pytest.raises(ValueError, match="another kind of file"):
+        load(save(domain, tmp_path / "cats.safetensors"))
