@@ -1,0 +1,66 @@
+"""Encode Concept: a picture and a domain become a concept with no training at all.
+
+    v̄  = v(superclass) + 0.1 mean(E)      over DRAWS of a time and noise, and over the pictures
+    i* = mean over the templates of encode(template(v̄)) at the word
+    o* = (W_v ⊙ (1 + Δ_v)) i*             what the values answer under the domain's offsets
+    keys are locked to i* itself: to what the encoder saw, and not to the superclass word, which knows nothing of it
+
+The encoder answers anew at each step of E4T's sampling; a concept is constant, so its answers are averaged. Times are
+spread evenly, each with noise of its own.
+"""
+
+import torch
+from torch import Tensor
+
+from . import encoder as e4t
+from . import key_lock
+from .concept import Concept, check_word
+from .domain import Domain
+from .host import Host
+from .tune import TEMPLATES
+from .weight_offset import check_fit, modulate
+
+DRAWS = 16
+
+
+def check(domain: Domain, base: str, tower: str, superclass: str):
+    """Raise ValueError where the domain was trained for another base, tower or superclass."""
+    if domain.base != base:
+        raise ValueError(f"This domain was trained on {domain.base} and the connected model is {base}. Load a model of "
+                         "that family, or another domain.")
+    if domain.tower != tower:
+        raise ValueError("This domain was trained with another vision tower than the connected CLIP vision model. Load "
+                         f"the one that its page names (its hash begins with {domain.tower[:12]}, this one's with "
+                         f"{tower[:12]}).")
+
+
+@torch.no_grad()
+def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass: str, word: str, seed: int = 0,
+           templates=TEMPLATES, draws: int = DRAWS) -> Concept:
+    """The concept of pictures whose class tokens are `seen` (m, l, w) and whose latents are (m, c, h, w).
+
+    Raises ValueError where the domain does not fit the host's model.
+    """
+    check_word(word)
+    check_fit(host.attention, domain.offsets)
+    vector, generator = host.embedding(superclass), torch.Generator().manual_seed(seed)
+    plain, _ = host.encode([templates[0].replace("{}", word)], word, vector)
+    answers = []
+    for k in range(draws):
+        time = torch.full((len(latents),), (k + 0.5) / draws, device=latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        felt = host.features(latents, noise, time, plain.expand(len(latents), -1, -1),
+                             templates[0].replace("{}", superclass))
+        answers.append(domain.encoder(seen, [x.cpu() for x in felt]))
+    embedding = {name: e4t.embedding(vector, {name: torch.cat([a[name] for a in answers])})[name].mean(0)
+                 for name in vector}
+    context, at = host.encode([t.replace("{}", word) for t in templates], word, embedding)
+    mean = context[torch.arange(len(at)), at].mean(0).float().cpu()
+    C_inv, covariance, statistics = host.inverse_covariance()
+    direction, energy = key_lock.direction(C_inv, mean)
+    outputs = {name: modulate(module.weight.cpu(), domain.offsets[name]) @ mean
+               for name, module in host.projections.items() if name.endswith("to_v")}
+    return Concept(base=host.base, prediction=host.prediction, superclass=superclass, word=word, embedding=embedding,
+                   target_input=mean, key_input=mean, direction=direction.float(), target_output=outputs,
+                   energy=energy, covariance=covariance, domain=domain.hash,
+                   training=statistics | {"steps": 0, "pictures": len(latents), "draws": draws})

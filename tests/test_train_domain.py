@@ -1,0 +1,177 @@
+"""The course of a domain on a random miniature: what it learns, what it leaves alone, and concepts encoded from it."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from perfusion.bench import world
+from perfusion.core import host_diffusers as hd
+from perfusion.core import key_lock
+from perfusion.core.concept import dump, parse
+from perfusion.core.encode import encode
+from perfusion.core.host_diffusers import DiffusersHost
+from perfusion.core.tower import Tower, class_tokens, hash_of, prepare
+from perfusion.core.train_domain import Course
+from perfusion.core.tune import TEMPLATES, Tuning, tune
+from perfusion.core.weight_offset import delta, modulate
+
+CREATURE, MIMI = "creature", "<mimi>"
+HIDDEN = 32
+
+
+@pytest.fixture(scope="module")
+def pipe(miniature, tmp_path_factory):
+    lines = world.sample(40, torch.Generator().manual_seed(1))["captions"]
+    folder = miniature(tmp_path_factory.mktemp("demo"), lines)
+    pipe = hd.load(folder)
+    pipe.folder = folder
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def host(pipe):
+    return DiffusersHost(pipe, CREATURE, pipe.folder)
+
+
+@pytest.fixture(scope="module")
+def tower():
+    torch.manual_seed(0)
+    model = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, hidden_size=32, intermediate_size=64,
+                                             num_hidden_layers=4, num_attention_heads=2)).eval()
+    return Tower(32, hash_of(model.state_dict()), lambda x: model(x, output_hidden_states=True).hidden_states[1:])
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.rand(4, 64, 64, 3, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def course(host):
+    return Course(host, CREATURE, 2, 32, list(host.pipe.unet.config.block_out_channels), hidden=HIDDEN)
+
+
+def batch(host, tower, pictures, seed=3):
+    r, latents = torch.Generator().manual_seed(seed), host.latents(pictures)
+    captions = ["a photo of a {}", "a {} in the snow", "the {} at night", "a big {}"]
+    return (latents, torch.ones_like(latents[:, :1]), class_tokens(tower, pictures), captions,
+            torch.randn(latents.shape, generator=r), torch.rand(4, generator=r))
+
+
+def taught(course, host, data, steps=6):
+    with host.training(data[0][:1]):
+        optimizer, losses = torch.optim.AdamW(course.parameters(), lr=3e-3), []
+        for _ in range(steps):
+            loss, _ = course(*data)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def test_class_tokens_are_those_of_every_second_layer_of_the_middle_square(tower, pictures):
+    wide = torch.cat([torch.zeros(4, 64, 10, 3), pictures, torch.zeros(4, 64, 10, 3)], 2)
+    seen = class_tokens(tower, wide)
+    assert seen.shape == (4, 2, 32) and torch.equal(seen, class_tokens(tower, pictures))
+    states = tower.states(prepare(pictures, 32))
+    torch.testing.assert_close(seen, torch.stack([states[1][:, 0], states[3][:, 0]], 1))
+
+
+def test_a_course_begins_as_the_superclass_word_on_the_plain_model(course, host, tower, pictures):
+    latents, weight, seen, captions, noise, time = batch(host, tower, pictures)
+    with host.training(latents[:1]), torch.no_grad():
+        loss, parts = course(latents, weight, seen, captions, noise, time)
+        context, _ = hd.encode_prompts(host.pipe, [c.replace("{}", CREATURE) for c in captions])
+        plain = host.errors(latents, noise, time, context, "a photo of a creature").mean()
+    assert parts["length"] == 0
+    torch.testing.assert_close(loss, plain)
+
+
+def test_a_course_learns_encoder_and_offsets_and_leaves_the_model_bit_for_bit(course, host, tower, pictures):
+    models = host.pipe.unet, host.pipe.text_encoder
+    before = [p.clone() for m in models for p in m.parameters()]
+    losses = taught(course, host, batch(host, tower, pictures))
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, q) for p, q in zip(before, (p for m in models for p in m.parameters())))
+    assert not any("forward" in vars(m) or m._forward_hooks for m in host.pipe.unet.modules())
+    assert all(layer.weight.abs().max() > 0 for layer in course.encoder.out.values())
+    assert all(delta(offset).abs().max() > 0 for offset in course.offsets.values())
+
+
+def test_what_weighs_nothing_teaches_nothing(course, host, tower, pictures):
+    latents, weight, seen, captions, noise, time = batch(host, tower, pictures)
+    weight[:, :, :4] = 0
+    changed = noise.clone()
+    with host.training(latents[:1]):
+        loss, _ = course(latents, weight, seen, captions, noise, time)
+        half = host.errors(latents, noise, time, hd.encode_prompts(host.pipe, [
+            c.replace("{}", CREATURE) for c in captions])[0], "")[:, :, 4:].mean()
+    torch.testing.assert_close(loss, half)
+    assert torch.equal(noise, changed)
+
+
+def test_an_untaught_domain_encodes_the_superclass_word(course, host, tower, pictures):
+    seen = class_tokens(tower, pictures[:1])
+    learnt = encode(host, course.domain(tower.hash, {}), seen, host.latents(pictures[:1]), CREATURE, MIMI)
+    torch.testing.assert_close(learnt.embedding["clip_l"], host.embedding(CREATURE)["clip_l"])
+    context, _ = hd.encode_prompts(host.pipe, [t.replace("{}", CREATURE) for t in TEMPLATES])
+    i = learnt.target_input
+    assert (context - i).square().sum(-1).min(1).values.max() < i.square().sum()
+    assert torch.equal(learnt.key_input, i) and abs(learnt.direction @ i - 1) < 1e-4
+    for name, o in learnt.target_output.items():
+        torch.testing.assert_close(o, host.projections[name].weight.detach() @ i)
+
+
+def test_a_taught_domain_encodes_the_picture_and_quick_tune_goes_on_from_it(course, host, tower, pictures):
+    taught(course, host, batch(host, tower, pictures))
+    domain = course.domain(tower.hash, {"steps": 6})
+    made = [encode(host, domain, class_tokens(tower, pictures[k : k + 1]), host.latents(pictures[k : k + 1]), CREATURE,
+                   MIMI) for k in range(2)]
+    assert not torch.equal(made[0].embedding["clip_l"], made[1].embedding["clip_l"])
+    again = encode(host, domain, class_tokens(tower, pictures[:1]), host.latents(pictures[:1]), CREATURE, MIMI)
+    assert dump(again) == dump(made[0])
+    concept = parse(dump(made[0]), "x")
+    assert concept.domain == domain.hash and concept.training["steps"] == 0
+    for name, o in made[0].target_output.items():
+        changed = modulate(host.projections[name].weight.detach(), domain.offsets[name]) @ made[0].target_input
+        torch.testing.assert_close(o, changed)
+    tuned = tune(host, pictures[:1], CREATURE, MIMI, Tuning(steps=2, batch=2, resolution=64), start=concept)
+    assert torch.equal(tuned.key_input, concept.key_input)
+    assert all((tuned.target_output[n] - concept.target_output[n]).abs().max() > 0 for n in concept.target_output)
+
+
+def test_several_pictures_are_the_mean_of_their_answers(course, host, tower, pictures):
+    taught(course, host, batch(host, tower, pictures))
+    domain = course.domain(tower.hash, {})
+    three = encode(host, domain, class_tokens(tower, pictures[:3]), host.latents(pictures[:3]), CREATURE, MIMI,
+                   draws=64)
+    each = [encode(host, domain, class_tokens(tower, pictures[k : k + 1]), host.latents(pictures[k : k + 1]), CREATURE,
+                   MIMI, draws=64).embedding["clip_l"] for k in range(3)]
+    apart = torch.stack(each).std(0).mean()
+    assert (three.embedding["clip_l"] - torch.stack(each).mean(0)).abs().mean() < 0.3 * apart
+
+
+def test_a_domain_of_another_model_is_refused(course, host, tower, pictures):
+    domain = course.domain(tower.hash, {})
+    domain.offsets["middle_block.1.other"] = next(iter(domain.offsets.values()))
+    with pytest.raises(ValueError, match="middle_block.1.other"):
+        encode(host, domain, class_tokens(tower, pictures[:1]), host.latents(pictures[:1]), CREATURE, MIMI)
+
+
+def test_what_is_locked_at_the_words_own_encoding_is_what_the_values_answer(course, host, tower, pictures):
+    """With the gate wide open, zero steps answer at i* as the offsets' weights do, and lock keys to themselves."""
+    taught(course, host, batch(host, tower, pictures))
+    domain = course.domain(tower.hash, {})
+    made = encode(host, domain, class_tokens(tower, pictures[:1]), host.latents(pictures[:1]), CREATURE, MIMI)
+    one = torch.ones(1, 1)
+    edit = key_lock.Edit(made.target_input[None], made.key_input[None], made.direction[None], one[0] * -9, one[0] * 0.1,
+                         {name: o[None] for name, o in made.target_output.items()}, present=one,
+                         joint=one.expand(2, 1, 1))
+    with torch.no_grad(), key_lock.edited(host.projections, edit) as meet:
+        x = made.target_input[None, None]
+        meet(x)
+        for name, module in host.projections.items():
+            plain = type(module).forward(module, x)
+            wanted = plain if name.endswith("to_k") else made.target_output[name][None, None]
+            torch.testing.assert_close(module(x), wanted, atol=1e-3, rtol=1e-3)
