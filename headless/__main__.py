@@ -8,10 +8,12 @@ import argparse
 import sys
 
 from core import concept, importers
+from core.school import Schooling
 from core.tune import Tuning
 
 from .comfy import ROOT, serve
 from .demo import demo
+from .domain import train_domain
 from .learn import apply, target, tune
 
 
@@ -67,6 +69,22 @@ COMMANDS = {
         option("--steps", type=int, default=25, help="sampling steps (default 25)"),
         option("--guidance", type=float, default=6.0, help="default 6"),
         option("--out", default=".", help="the folder for the pictures (default .)"),
+    ),
+    train_domain: (
+        option("model", help="a folder of a diffusers pipeline: SD1.5, SD2.x, SDXL, or this pack's demo"),
+        option("pictures", help="a folder of pictures, with captions beside them or without"),
+        option("--tower", required=True, help="a folder of a CLIP vision model, such as CLIP-ViT-H-14"),
+        option("--superclass", required=True, help="the plain word for what they have in common: cat, person, toy"),
+        option("--out", required=True, help="the .safetensors file; its checkpoint and samples go beside it"),
+        option("--steps", type=int, default=Schooling.steps, help=f"default {Schooling.steps}"),
+        option("--batch", type=int, default=Schooling.batch, help=f"pictures a step (default {Schooling.batch})"),
+        option("--accumulate", type=int, default=1, help="parts of a step, to need less memory (default 1)"),
+        option("--learning-rate", type=float, default=Schooling.learning_rate, help="of the encoder"),
+        option("--offset-learning-rate", type=float, default=Schooling.offset_learning_rate, help="of the offsets"),
+        option("--seed", type=int, default=0, help="default 0"),
+        option("--resolution", type=int, help="pixels a side (default: what the pipeline was made for)"),
+        option("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default no)"),
+        option("--every", type=int, default=500, help="steps between checkpoints and samples (default 500)"),
     ),
     comfy: (option("--port", type=int, default=8188, help="default 8188"),),
     convert: (

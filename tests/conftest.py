@@ -1,5 +1,6 @@
 """Tests import the pack as `perfusion.core` and `perfusion.nodes`, with ComfyUI beside it where it is found."""
 
+import importlib
 import importlib.util
 import warnings
 from pathlib import Path
@@ -34,6 +35,14 @@ def tiny(tmp_path_factory):
 
     yield load
     checkpoints.unregister()
+
+
+@pytest.fixture(scope="session")
+def main():
+    """`python -m headless` without a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE.parent))
+        yield importlib.import_module("headless.__main__").main
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The model that comes with the pack: small, whole, and with the covariance that its text encoder asks for."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -21,13 +20,6 @@ DEMO = ROOT / "demo"
 @pytest.fixture
 def copied(tmp_path):
     return Path(shutil.copytree(DEMO, tmp_path / "demo"))
-
-
-@pytest.fixture
-def main(monkeypatch):
-    """`python -m headless` without a process of its own."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("headless.__main__").main
 
 
 def size(*names):

@@ -1,0 +1,161 @@
+"""The loop of Train Domain: steps of a `train_domain.Course`, on one process or on many, that go on where they stopped.
+
+Everything that a step draws comes from the seed and its number alone, for all processes together; each takes its share.
+So a run that was killed ends at the weights of an unbroken one, and two processes learn what one does, to rounding.
+A checkpoint holds what was learnt, the optimiser and the number of steps done.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .file import write
+from .train_domain import Course
+
+WARM_UP = 100  # steps
+
+
+@dataclass(frozen=True)
+class Schooling:
+    """Settings of a domain's training."""
+
+    steps: int = 30000  # the paper's, for faces
+    batch: int = 16  # pictures a step, of all processes together
+    accumulate: int = 1  # parts in which a process learns its share of a step, to need less memory
+    seed: int = 0
+    learning_rate: float = 1e-4  # of the encoder
+    offset_learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Schooled:
+    """What a step tells the one who watches. The numbers are means over the last steps."""
+
+    step: int
+    steps: int
+    numbers: dict[str, float]
+    seconds_left: float
+
+
+class Alone:
+    """One process in full precision: what the loop asks of accelerate's Accelerator, for hosts that have none."""
+
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def prepare(self, *things):
+        return things
+
+    def unwrap_model(self, module):
+        return module
+
+    def autocast(self):
+        return nullcontext()
+
+    def no_sync(self, module):
+        return nullcontext()
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def check(settings: Schooling, processes: int):
+    """Raise ValueError where a step cannot be shared out evenly."""
+    parts = processes * settings.accumulate
+    if settings.steps < 1 or settings.batch < 1 or settings.accumulate < 1:
+        raise ValueError(f"Training needs at least one step, a batch of one and one part; got {settings.steps} steps, "
+                         f"a batch of {settings.batch} and {settings.accumulate} parts.")
+    if settings.batch % parts:
+        raise ValueError(f"A batch of {settings.batch} cannot be shared out evenly over {processes} processes in "
+                         f"{settings.accumulate} parts each. Use a multiple of {parts}.")
+
+
+def draw(settings: Schooling, step: int, count: int):
+    """What a step is of: rows of `count` pictures, times in [0, 1), a seed for its noise and captions."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    rows = torch.randint(count, (settings.batch,), generator=generator)
+    return rows, torch.rand(settings.batch, generator=generator), generator
+
+
+def train(course: Course, data, count: int, settings: Schooling, machine=None, checkpoint: Path | None = None,
+          every: int = 500, report: Callable[[Schooled], None] = lambda schooled: None,
+          sample: Callable[[Course, int], None] = lambda course, step: None):
+    """Teach the course, in place.
+
+    `data(rows, generator)` answers latents, weights, class tokens and captions of rows of its `count` pictures.
+    `checkpoint` is written each `every` steps and at the end, and gone on from where it is there; `sample` is called
+    then too, with the step. Raises ValueError, and the host's cancel, with the checkpoint left as it was last.
+    """
+    machine = machine or Alone()
+    check(settings, machine.num_processes)
+    host, device = course.host, course.host.device
+    course.to(device)
+    optimizer = torch.optim.AdamW([
+        {"params": list(course.encoder.parameters()), "base": settings.learning_rate},
+        {"params": [*course.outputs, *course.inputs], "base": settings.offset_learning_rate},
+    ], weight_decay=0)
+    begun = resume(course, optimizer, checkpoint, settings) if checkpoint and checkpoint.exists() else 0
+    module, optimizer = machine.prepare(course, optimizer)
+    share = settings.batch // machine.num_processes
+    mine = slice(machine.process_index * share, (machine.process_index + 1) * share)
+    shown, clock = {}, time.monotonic()
+    for step in range(begun, settings.steps):
+        host.check()
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * min(1, (step + 1) / WARM_UP) * (
+                0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+        rows, times, generator = draw(settings, step, count)
+        latents, weight, seen, captions = data(rows, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        parts = [part[mine].chunk(settings.accumulate) for part in (latents, weight, seen, noise, times)]
+        for k, (x, w, f, e, t) in enumerate(zip(*parts)):
+            lines = captions[mine][k * len(x) : (k + 1) * len(x)]
+            last = k + 1 == settings.accumulate
+            with nullcontext() if last else machine.no_sync(module), machine.autocast():
+                loss, numbers = module(*(p.to(device) for p in (x, w, f)), lines, e.to(device), t.to(device))
+                machine.backward(loss / settings.accumulate)
+        torch.nn.utils.clip_grad_norm_(course.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not math.isfinite(numbers["error"]):
+            raise ValueError(f"Training stopped at step {step + 1}: the loss is not a number. The last checkpoint is "
+                             "whole; go on from it at a lower learning rate.")
+        for name, value in numbers.items():
+            shown[name] = 0.98 * shown.get(name, value) + 0.02 * value
+        done, end = step + 1, step + 1 == settings.steps
+        left = (time.monotonic() - clock) / (done - begun) * (settings.steps - done)
+        report(Schooled(done, settings.steps, dict(shown), left))
+        if (done % every == 0 or end) and machine.is_main_process:
+            if checkpoint:
+                keep(course, optimizer, checkpoint, settings, done)
+            sample(course, done)
+
+
+def keep(course: Course, optimizer, path: Path, settings: Schooling, step: int):
+    """Write a checkpoint, whole or not at all."""
+    data = io.BytesIO()
+    torch.save({"course": course.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "settings": asdict(settings)}, data)
+    write(path, data.getvalue())
+
+
+def resume(course: Course, optimizer, path: Path, settings: Schooling) -> int:
+    """Put a checkpoint's state in place and answer its step. Raises ValueError for one of another training."""
+    try:
+        state = torch.load(path, weights_only=True, map_location=course.host.device)
+        before, step = state["settings"], state["step"]
+    except Exception as error:  # torch raises whatever the unpickler met
+        raise ValueError(f"The checkpoint {path} cannot be read ({error}). Remove it to begin anew.") from error
+    now = asdict(settings)
+    other = {name: before.get(name) for name in now if before.get(name) != now[name] and name != "accumulate"}
+    if other:
+        raise ValueError(f"The checkpoint {path} is of a training with {other}, and {({n: now[n] for n in other})} was "
+                         "asked for. Use the same settings to go on, or remove it to begin anew.")
+    course.load_state_dict(state["course"])
+    optimizer.load_state_dict(state["optimizer"])
+    return step

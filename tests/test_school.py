@@ -1,0 +1,134 @@
+"""Train Domain as a command, on a random miniature: broken runs, several processes, parts of a step, bad folders."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from perfusion.bench import world
+from perfusion.core.domain import load
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(miniature, tmp_path_factory):
+    """A folder with a model, a tower, and pictures, some with captions."""
+    place, r = tmp_path_factory.mktemp("school"), torch.Generator().manual_seed(1)
+    (place / "model").mkdir()
+    miniature(place / "model", world.sample(40, r)["captions"])
+    (place / "model" / "training.json").write_text("{}")
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, hidden_size=32, intermediate_size=64,
+                                     num_hidden_layers=4, num_attention_heads=2)).save_pretrained(place / "tower")
+    (place / "pictures" / "more").mkdir(parents=True)
+    for k in range(10):
+        path = place / "pictures" / ("more" if k % 2 else "") / f"{k}.png"
+        Image.fromarray(torch.randint(256, (64, 80, 3), generator=r).byte().numpy()).save(path)
+        if k % 3:
+            path.with_suffix(".txt").write_text("a photo of a creature at night\nthe {} in the snow\n")
+    return place
+
+
+def command(place, out, *more, steps=4):
+    options = ["--tower", place / "tower", "--superclass", "creature", "--out", out, "--steps", steps, "--batch", 4,
+               "--resolution", 64, "--every", 2, *more]
+    return list(map(str, ["train-domain", place / "model", place / "pictures", *options]))
+
+
+@pytest.fixture(scope="module")
+def school(main):
+    """Runs the command to its end in this process, after which accelerate's state is let go of."""
+    from accelerate.state import AcceleratorState
+
+    def run(*arguments, **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return main(command(*arguments, **changes))
+
+    return run
+
+
+def start(arguments, *launch):
+    """A process of its own that runs the command."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", *launch, "headless", *arguments], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def unbroken(place, school):
+    assert school(place, place / "unbroken.safetensors") == 0
+    return load(place / "unbroken.safetensors")
+
+
+def numbers(domain):
+    return [*domain.encoder.state_dict().values(), *(t for offset in domain.offsets.values() for t in offset)]
+
+
+def closest(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(numbers(a), numbers(b), strict=True))
+
+
+def test_a_run_leaves_a_domain_samples_and_a_checkpoint(place, unbroken):
+    work = place / "unbroken.work"
+    assert {p.name for p in work.glob("sample-*")} == {"sample-000002.png", "sample-000004.png"}
+    assert unbroken.superclass == "creature" and unbroken.training["steps"] == 4
+    assert any(t.abs().max() > 0 for t in (offset.output for offset in unbroken.offsets.values()))
+
+
+def test_a_broken_run_ends_as_an_unbroken_one(place, school, unbroken, tmp_path):
+    """Killed while it learns, between checkpoints."""
+    out = tmp_path / "broken.safetensors"
+    process, checkpoint = start(command(place, out, "--every", 1)), out.with_suffix(".work") / "checkpoint.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    process.kill()
+    said, _ = process.communicate()
+    assert checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] < 4, said
+    assert school(place, out) == 0
+    assert closest(load(out), unbroken) == 0
+
+
+def test_two_processes_and_parts_of_a_step_learn_what_one_does(place, school, unbroken, tmp_path):
+    process = start(command(place, tmp_path / "two.safetensors"), "accelerate.commands.launch", "--cpu",
+                    "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                    "-m")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert school(place, tmp_path / "parts.safetensors", "--accumulate", 2) == 0
+    assert closest(load(tmp_path / "two.safetensors"), unbroken) < 1e-3
+    assert closest(load(tmp_path / "parts.safetensors"), unbroken) < 1e-3
+
+
+def test_another_training_does_not_go_on_from_a_checkpoint(place, school, unbroken, capsys):
+    assert school(place, place / "unbroken.safetensors", "--learning-rate", 0.5) == 2
+    said = capsys.readouterr().err
+    assert "learning_rate" in said and "begin anew" in said
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--batch", 5, "--accumulate", 2], "multiple of 2"), (["--tower", "nowhere"], "not a folder of a CLIP vision"),
+    (["--superclass", "wibble"], "superclass"), (["--steps", 0], "at least one step"),
+])
+def test_what_cannot_be_trained_gets_a_sentence(place, school, tmp_path, capsys, more, says):
+    assert school(place, tmp_path / "x.safetensors", *more) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_folder_without_pictures_and_captions_without_a_place_get_a_sentence(place, school, tmp_path, capsys):
+    for name in "model", "tower":
+        (tmp_path / name).symlink_to(place / name)
+    (tmp_path / "pictures").mkdir()
+    assert school(tmp_path, tmp_path / "x.safetensors") == 2
+    assert "holds 0 pictures" in capsys.readouterr().err
+    shutil.copytree(place / "pictures", tmp_path / "pictures", dirs_exist_ok=True)
+    (tmp_path / "pictures" / "0.txt").write_text("a photo of a dog\n")
+    assert school(tmp_path, tmp_path / "y.safetensors") == 2
+    assert "a photo of a dog" in capsys.readouterr().err
