@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import encoder as e4t
 from . import key_lock
-from .concept import Concept, check_word
+from .concept import BASES, Concept, check_word
 from .domain import Domain
 from .host import Host
 from .tune import TEMPLATES
@@ -23,11 +23,11 @@ from .weight_offset import check_fit, modulate
 DRAWS = 16
 
 
-def check(domain: Domain, base: str, tower: str, superclass: str):
-    """Raise ValueError where the domain was trained for another base, tower or superclass."""
+def check(domain: Domain, base: str, tower: str):
+    """Raise ValueError where the domain was trained on another base or with another tower (its hash)."""
     if domain.base != base:
-        raise ValueError(f"This domain was trained on {domain.base} and the connected model is {base}. Load a model of "
-                         "that family, or another domain.")
+        raise ValueError(f"This domain was trained on {BASES[domain.base]} and the connected model is {BASES[base]}. "
+                         "Load a model of that family, or another domain.")
     if domain.tower != tower:
         raise ValueError("This domain was trained with another vision tower than the connected CLIP vision model. Load "
                          f"the one that its page names (its hash begins with {domain.tower[:12]}, this one's with "

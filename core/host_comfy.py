@@ -23,6 +23,7 @@ from .covariance import captions, inverse_of
 from .encoder import pooled_answers
 from .fingerprint import exact, fingerprint, sample
 from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
+from .tower import Tower, hash_of
 
 PREVIEW_STEPS, PREVIEW_CFG = 12, 6.0
 # Peak of forward and backward over what the host reserves to sample the same latents: 2.4 measured with the formula
@@ -154,6 +155,7 @@ class ComfyHost:
             with unet, own_copies(self.text):
                 yield
 
+    @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         return self.source.model.process_latent_in(self.vae.encode(images)).float()
 
@@ -230,6 +232,21 @@ class ComfyHost:
 
     def check(self):
         memory.throw_exception_if_processing_interrupted()
+
+
+def tower_of(clip_vision) -> Tower:
+    """What the encoder reads of a CLIP_VISION. Raises ValueError where it is none of CLIP's own kind."""
+    vision = getattr(clip_vision.model, "vision_model", None)
+    if getattr(getattr(vision, "embeddings", None), "class_embedding", None) is None:
+        raise ValueError(f"The connected CLIP vision model is a {type(clip_vision.model).__name__} without a class "
+                         "token, which SigLIP and DINO models are. Load the one that the domain was trained with, "
+                         "usually CLIP-ViT-H-14, with Load CLIP Vision.")
+
+    def states(x):
+        memory.load_model_gpu(clip_vision.patcher)
+        return vision(x.to(clip_vision.load_device), intermediate_output="all")[1].unbind(1)
+
+    return Tower(clip_vision.image_size, hash_of(vision.state_dict()), states)
 
 
 def picture(model, clip, vae, prompt: str, size: tuple[int, int], seed: int) -> Tensor:

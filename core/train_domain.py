@@ -24,21 +24,26 @@ WORD = "<new>"  # in training captions; concepts have words of their own
 
 
 class Course(nn.Module):
-    """What is learnt of a domain, and the loss of a batch of it. `host` has to be in `training` while it is used."""
+    """What is learnt of a domain, and the loss of a batch of it. `host` has to be in `training` while it is used.
 
-    def __init__(self, host: Host, superclass: str, layers: int, width: int, blocks: list[int], seed: int = 0,
+    For the widths of what it reads it gets class tokens (m, l, w) and latents (m, c, h, w) of some pictures.
+    """
+
+    def __init__(self, host: Host, superclass: str, seen: Tensor, latents: Tensor, seed: int = 0,
                  hidden: int = e4t.HIDDEN, penalty: float = PENALTY):
         super().__init__()
         self.host, self.superclass, self.penalty = host, superclass, penalty
         self.vector = host.embedding(superclass)
+        self.plain = None  # the encoding that the way down is asked with, once it is known
+        x = latents[:1].float().to(host.device)
+        blocks = [g.shape[1] for g in self.features(x, torch.zeros_like(x), torch.tensor([0.5], device=x.device))]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = e4t.Encoder(layers, width, blocks, {k: len(v) for k, v in self.vector.items()}, hidden)
+            self.encoder = e4t.Encoder(*seen.shape[1:], blocks, {k: len(v) for k, v in self.vector.items()}, hidden)
         offsets = start(host.attention, seed)
         self.names = list(offsets)
         self.outputs = nn.ParameterList(offset.output for offset in offsets.values())
         self.inputs = nn.ParameterList(offset.input for offset in offsets.values())
-        self.plain = {}  # how many -> the encoding that the way down is asked with
 
     @property
     def offsets(self) -> dict[str, Offset]:
@@ -47,10 +52,10 @@ class Course(nn.Module):
     def features(self, latents: Tensor, noise: Tensor, time: Tensor) -> list[Tensor]:
         """F of latents (b, c, h, w) with noise at times (b)."""
         prompt = TEMPLATES[0].replace("{}", WORD)
-        if not self.plain:
+        if self.plain is None:
             with torch.no_grad():
-                self.plain[1], _ = self.host.encode([prompt], WORD, self.vector)
-        context = self.plain[1].expand(len(latents), -1, -1)
+                self.plain, _ = self.host.encode([prompt], WORD, self.vector)
+        context = self.plain.expand(len(latents), -1, -1)
         return self.host.features(latents, noise, time, context, prompt.replace(WORD, self.superclass))
 
     def forward(self, latents: Tensor, weight: Tensor, seen: Tensor, captions: list[str], noise: Tensor, time: Tensor):

@@ -140,16 +140,7 @@ def train_domain(arguments):
                   flush=True)
 
     with host.training(latents[:1].float()):
-        blocks = [x.shape[1] for x in probe(host, latents[:1].float().to(host.device), arguments.superclass)]
-        course = Course(host, arguments.superclass, tokens.shape[1], tokens.shape[2], blocks, settings.seed)
+        course = Course(host, arguments.superclass, tokens, latents, settings.seed)
         train(course, data, train_on, settings, machine, work / "checkpoint.pt", arguments.every, say, sample)
     if machine.is_main_process:
         print(f"\n{out}: {out.stat().st_size / 2**20:.1f} MB")
-
-
-def probe(host, latents, superclass):
-    """What the UNet's down blocks answer to one picture, for their widths."""
-    vector = host.embedding(superclass)
-    with torch.no_grad():
-        context, _ = host.encode([f"a photo of a {WORD}"], WORD, vector)
-    return host.features(latents, torch.zeros_like(latents), torch.tensor([0.5]), context, f"a photo of a {superclass}")

@@ -4,13 +4,15 @@ from comfy_api.latest import ComfyExtension
 
 from .concept import ApplyConcept, GateStrength, LoadConcept, SaveConcept
 from .demo import DemoModel
+from .domain import EncodeConcept, LoadDomain, TrainDomain
 from .folders import register
 from .learn import QuickTune
 
 
 class PerfusionExtension(ComfyExtension):
     async def get_node_list(self):
-        return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel]
+        return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel, LoadDomain, EncodeConcept,
+                TrainDomain]
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

@@ -1,4 +1,5 @@
-"""Where concepts are read and written: models/perfusion/concepts, and output/perfusion for what was just saved."""
+"""Where concepts and domains are read and written: models/perfusion/concepts and models/perfusion/domains, and
+output/perfusion and output/perfusion/domains for what was just saved."""
 
 import hashlib
 from pathlib import Path
@@ -6,8 +7,10 @@ from pathlib import Path
 import folder_paths
 
 from ..core import concept as files
+from ..core import domain as domains
 
-NAME = "perfusion"  # in folder_paths, and in a user's extra_model_paths.yaml
+NAME, DOMAINS = "perfusion", "perfusion_domains"  # in folder_paths, and in a user's extra_model_paths.yaml
+KINDS = {NAME: ("concept", "concepts", ""), DOMAINS: ("domain", "domains", "domains")}
 
 
 def models() -> Path:
@@ -15,39 +18,43 @@ def models() -> Path:
     return Path(folder_paths.models_dir) / "perfusion"
 
 
-def saved() -> Path:
-    return Path(folder_paths.get_output_directory()) / "perfusion"
+def saved(kind: str = NAME) -> Path:
+    return Path(folder_paths.get_output_directory()) / "perfusion" / KINDS[kind][2]
 
 
 def register():
     """Make the folders known to the host, after those that extra_model_paths.yaml may have named."""
-    paths, _ = folder_paths.folder_names_and_paths.get(NAME, ([], set()))
-    own = [str(path) for path in (models() / "concepts", saved()) if str(path) not in paths]
-    folder_paths.folder_names_and_paths[NAME] = (paths + own, {".safetensors"})
+    for kind, (_, folder, _) in KINDS.items():
+        paths, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
+        own = [str(path) for path in (models() / folder, saved(kind)) if str(path) not in paths]
+        folder_paths.folder_names_and_paths[kind] = (paths + own, {".safetensors"})
 
 
-def names() -> list[str]:
-    return folder_paths.get_filename_list(NAME)
+def names(kind: str = NAME) -> list[str]:
+    """The files of a kind. Those in output/perfusion/domains are no concepts."""
+    found = folder_paths.get_filename_list(kind)
+    return found if kind == DOMAINS else [name for name in found if Path("domains") not in Path(name).parents]
 
 
-def find(name: str) -> Path:
-    """The file of a concept in the list. Raises ValueError with where it was looked for."""
-    path = folder_paths.get_full_path(NAME, name)
+def find(name: str, kind: str = NAME) -> Path:
+    """The file of a kind in the list. Raises ValueError with where it was looked for."""
+    path = folder_paths.get_full_path(kind, name)
     if path is None:
-        places = " or ".join(folder_paths.get_folder_paths(NAME))
-        raise ValueError(f"The concept '{name}' was not found in {places}. Put the file there, or choose another one.")
+        places = " or ".join(folder_paths.get_folder_paths(kind))
+        raise ValueError(f"The {KINDS[kind][0]} '{name}' was not found in {places}. Put the file there, or choose "
+                         "another one.")
     return Path(path)
 
 
-def free(name: str, data: bytes) -> Path:
-    """A path under output/perfusion for a concept to be saved: its name, numbered where another file has it.
+def free(name: str, data: bytes, kind: str = NAME) -> Path:
+    """A path under output/perfusion for what is to be saved: its name, numbered where another file has it.
 
-    A file with the very same content is the same concept and keeps its name.
+    A file with the very same content is the same and keeps its name.
     """
-    name = Path(name.strip().removesuffix(".safetensors")).name or "concept"
+    name = Path(name.strip().removesuffix(".safetensors")).name or KINDS[kind][0]
     digest = hashlib.sha256(data).digest()
     for number in range(1, 10**6):
-        path = saved() / (f"{name}.safetensors" if number == 1 else f"{name}-{number}.safetensors")
+        path = saved(kind) / (f"{name}.safetensors" if number == 1 else f"{name}-{number}.safetensors")
         if not path.exists() or hashlib.sha256(path.read_bytes()).digest() == digest:
             return path
     raise AssertionError("a million files of one name")
@@ -57,3 +64,9 @@ def save(concept: files.Concept, name: str) -> Path:
     """Write the concept under output/perfusion, never over another one."""
     data = files.dump(concept)
     return files.write(free(name, data), data)
+
+
+def save_domain(domain: domains.Domain, name: str) -> Path:
+    """Write the domain under output/perfusion/domains, never over another one."""
+    data = domains.dump(domain)
+    return files.write(free(name, data, DOMAINS), data)

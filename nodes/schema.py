@@ -5,6 +5,7 @@ import inspect
 from comfy_api.latest import io
 
 Concept = io.Custom("PERFUSION_CONCEPT")
+Domain = io.Custom("PERFUSION_DOMAIN")
 CATEGORY = "perfusion"
 
 

@@ -81,6 +81,13 @@ class Watch:
         parts = [*self.drawn, curve(self.losses, self.steps)]
         self.bar.update_absolute(progress.step, progress.steps, ("JPEG", strip(*parts), SIDE * len(parts)))
 
+    def school(self, schooled):
+        """A step of a domain is done."""
+        left = schooled.seconds_left
+        tell(self.node_id, f"Step {schooled.step} of {schooled.steps}, error {schooled.numbers['error']:.4f}, "
+                           f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left")
+        self.bar.update_absolute(schooled.step, schooled.steps)
+
     def result(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """The strip that stays on the node (1, H, W, 3): photo, before, after, and the curve if there is one."""
         parts = [to_pil(images) for images in (self.images, before, after)]

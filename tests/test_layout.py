@@ -11,7 +11,7 @@ CORE = [path for path in FILES if path.parent.name == "core"]
 LONGEST = 400  # lines
 
 COMFY = {"host_comfy", "prompt", "apply", "demo_comfy"}  # files of core that may import ComfyUI's library
-UPON = {"quick_tune"}  # what stands upon these, for ComfyUI's nodes
+UPON = {"quick_tune", "domain_comfy"}  # what stands upon these, for ComfyUI's nodes
 ALONE = {"key_lock", "weight_offset", "encoder"}  # files of core that import torch only, never each other
 SERVER = {"folder_paths", "server", "comfy_api", "comfy_execution", "execution", "comfy_extras", "nodes"}
 ROOMS = {"core", "nodes", "headless", "bench", "demo", "web", "tests"}

@@ -22,6 +22,9 @@ PROMISED = {
     "PerfusionGateStrength": "concept strength bias_mode bias temperature",
     "PerfusionApplyConcept": "model clip concept edit_negative",
     "PerfusionDemoModel": "",
+    "PerfusionLoadDomain": "domain_name",
+    "PerfusionEncodeConcept": "domain model clip vae clip_vision image superclass word mask",
+    "PerfusionTrainDomain": "model clip vae clip_vision images superclass name steps seed resolution batch",
 }
 OUTPUTS = {
     "PerfusionQuickTune": ["PERFUSION_CONCEPT"],
@@ -30,6 +33,9 @@ OUTPUTS = {
     "PerfusionGateStrength": ["PERFUSION_CONCEPT"],
     "PerfusionApplyConcept": ["MODEL", "CLIP"],
     "PerfusionDemoModel": ["MODEL", "CLIP", "VAE"],
+    "PerfusionLoadDomain": ["PERFUSION_DOMAIN"],
+    "PerfusionEncodeConcept": ["PERFUSION_CONCEPT"],
+    "PerfusionTrainDomain": ["PERFUSION_DOMAIN"],
 }
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -51,7 +57,8 @@ def pack(tmp_path_factory):
     yield {node.define_schema().node_id: node for node in asyncio.run(nodes())}
     folder_paths.models_dir = before[0]
     folder_paths.set_output_directory(before[1])
-    del folder_paths.folder_names_and_paths["perfusion"]
+    for name in "perfusion", "perfusion_domains":
+        del folder_paths.folder_names_and_paths[name]
 
 
 def test_ids_and_the_order_of_inputs_are_those_that_saved_workflows_hold(pack):

@@ -47,8 +47,8 @@ def pictures():
 
 
 @pytest.fixture
-def course(host):
-    return Course(host, CREATURE, 2, 32, list(host.pipe.unet.config.block_out_channels), hidden=HIDDEN)
+def course(host, tower, pictures):
+    return Course(host, CREATURE, class_tokens(tower, pictures), host.latents(pictures), hidden=HIDDEN)
 
 
 def batch(host, tower, pictures, seed=3):

@@ -1,0 +1,76 @@
+"""Domains in ComfyUI: a batch of pictures becomes one, and with one a picture becomes a concept at once."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import encode as encoding
+from . import tune as tuning
+from .apply import plain
+from .concept import Concept, check_word
+from .domain import Domain
+from .host_comfy import ComfyHost, tower_of
+from .school import Schooled, Schooling, train
+from .tower import class_tokens
+from .train_domain import Course
+
+GREY = 0.5  # of what a mask leaves out
+
+
+def encode_concept(domain: Domain, model, clip, vae, clip_vision, images: Tensor, superclass: str, word: str,
+                   mask: Tensor | None, folder, captions: Callable[[int, int], None]) -> Concept:
+    """The concept of images (m, H, W, 3) in 0..1 with masks (m or 1, H, W), with no training: see `encode.encode`.
+
+    What lies outside a mask is grey. Raises ValueError for bad input and where domain, model and tower do not fit.
+    """
+    model, resolution = plain(model), domain.training.get("resolution", 512)
+    tuning.check(images, mask, tuning.Tuning())
+    check_word(word)
+    host, tower = ComfyHost(model, clip, vae, superclass, folder, captions), tower_of(clip_vision)
+    encoding.check(domain, host.base, tower.hash)
+    if mask is not None:
+        weight = mask[..., None].expand(len(images), -1, -1, -1)
+        images = images * weight + GREY * (1 - weight)
+    seen, latents = class_tokens(tower, images), host.latents(tuning.fit(images, resolution))
+    with host.training(latents[:1]):
+        return encoding.encode(host, domain, seen.clone(), latents.clone().to(host.device), superclass.strip(), word)
+
+
+def train_domain(model, clip, vae, clip_vision, images: Tensor, superclass: str, settings: Schooling, resolution: int,
+                 folder, captions, report: Callable[[Schooled], None], keep: Callable[[Domain], None]) -> Domain:
+    """The domain of images (m, H, W, 3) in 0..1. Whatever ends the loop early, what was learnt by then goes to `keep`.
+
+    Raises ValueError for bad input, and the host's cancel.
+    """
+    model, superclass = plain(model), superclass.strip()
+    tuning.check(images, None, tuning.Tuning())
+    host, tower = ComfyHost(model, clip, vae, superclass, folder, captions), tower_of(clip_vision)
+    seen, latents = class_tokens(tower, images), host.latents(tuning.fit(images, resolution))
+    done = 0
+
+    def data(rows, generator):
+        lines = [tuning.TEMPLATES[k] for k in torch.randint(len(tuning.TEMPLATES), (len(rows),), generator=generator)]
+        return latents[rows], torch.ones_like(latents[rows][:, :1]), seen[rows], lines
+
+    def heard(schooled):
+        nonlocal done
+        done = schooled.step
+        report(schooled)
+
+    def domain():
+        return course.domain(tower.hash, {
+            "steps": done, "pictures": len(images), "batch": settings.batch, "seed": settings.seed,
+            "learning_rate": settings.learning_rate, "offset_learning_rate": settings.offset_learning_rate,
+            "resolution": resolution})
+
+    with host.training(latents[:1]):
+        seen, latents = seen.clone(), latents.clone()
+        course = Course(host, superclass, seen, latents, settings.seed)
+        try:
+            train(course, data, len(images), settings, report=heard)
+        except BaseException:
+            if done:
+                keep(domain())
+            raise
+        return domain()
