@@ -14,7 +14,7 @@ import torch
 from ..core import host_diffusers
 from . import metrics, world
 from . import reader as judge
-from .examine import DEMO, GUIDANCE, SAMPLING, SUPERCLASS
+from .examine import DEMO, GUIDANCE, SAMPLING, SUPERCLASS, miniature
 
 ROOT = DEMO.parent
 RESULTS = ROOT / "bench" / "results" / "entry.json"
@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows, ways = examine(host_diffusers.load(arguments.model))
+    rows, ways = examine(miniature(arguments.model))
     print(f"{metrics.GALLERY} dev creatures, named factors".ljust(34), *(f"{name:>10}" for name in COLUMNS),
           "all factors")
     for way, row in rows.items():

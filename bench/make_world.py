@@ -6,6 +6,7 @@
     decoded    some of them as pictures again
     reader     the network that reads pictures: bench/reader.safetensors
     denoiser   UNet and text encoder
+    words      the same, taught to read words and not the padding after them
     tower      the vision tower
     write      demo/: fp16 files, the world's captions and their covariance, and training.json with all settings
 
@@ -17,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -32,6 +34,7 @@ SETTINGS = {
     "seed": 1, "shards": 40,
     "vae": {"steps": 6000, "lr": 1e-3, "shards": 8},
     "denoiser": {"steps": 22000, "lr": 1e-3},
+    "words": {"steps": 4000, "lr": 4e-4, "padless": 0.8},
     "tower": {"steps": 2500, "lr": 5e-4, "shards": 20},
     "decoded": 4, "captions": 1000,
 }
@@ -77,14 +80,21 @@ def decoded():
 
 
 def denoiser(stop=None):
-    """The trained denoiser, and what its latents are multiplied with."""
+    """The denoiser as its first training leaves it, and its loss for another share of prompts without padding."""
     torch.manual_seed(SETTINGS["seed"])
     nets = mini_models.build()
     module = mini_denoiser.Denoiser(nets["unet"], nets["text_encoder"])
     data = mini_data.load(WORK / "pictures", SETTINGS["shards"], without=("pictures",))
     data |= mini_data.load(WORK / "latents", SETTINGS["shards"])
     scaling_factor = 1 / data["latents"][:2000].float().std().item()
-    return trained("denoiser", module, mini_denoiser.loss(module, data, scaling_factor), stop), scaling_factor
+    module = trained("denoiser", module, mini_denoiser.loss(module, data, scaling_factor), stop)
+    return module, partial(mini_denoiser.loss, module, data, scaling_factor), scaling_factor
+
+
+def words(stop=None):
+    """The trained denoiser, and what its latents are multiplied with."""
+    module, loss, scaling_factor = denoiser()
+    return trained("words", module, loss(SETTINGS["words"]["padless"]), stop), scaling_factor
 
 
 def tower():
@@ -100,7 +110,7 @@ def cores() -> int:
 
 
 STAGES = {"draw": draw, "vae": vae, "latents": latents, "decoded": decoded, "reader": train_reader.main,
-          "denoiser": denoiser, "tower": tower}
+          "denoiser": denoiser, "words": words, "tower": tower}
 TRAINED = [name for name in STAGES if name != "draw"]
 
 
@@ -119,7 +129,7 @@ def write(folder: Path, stop=None):
     """The miniature as it is after the denoiser's training, or with `stop` 0 as it is now."""
     from ..core.host_diffusers import DiffusersHost, load
 
-    module, scaling_factor = denoiser(stop)
+    module, scaling_factor = words(stop)
     mini_models.save(folder, module.unet.cpu(), vae().cpu(), module.text_encoder.cpu(), scaling_factor)
     drawn = world.sample(SETTINGS["captions"], torch.Generator().manual_seed(SETTINGS["seed"]))
     (folder / "captions.txt").write_text("\n".join(drawn["captions"]) + "\n", encoding="utf-8")
