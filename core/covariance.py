@@ -7,6 +7,7 @@ give similarities to within .006 (simulated from the covariance that perfusion-p
 """
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ PACKAGED = Path(__file__).parent / "captions.txt"
 ENOUGH = 10  # tokens per dimension, below which C is blended with a multiple of the identity
 RIDGE = 0.01
 BATCH = 32
+FRAMES, SHORT = 64, 200  # captions; characters, which are fewer than 77 tokens
+PLAIN = "cat", "dog", "bird", "horse", "man", "woman", "child", "house", "car", "tree", "flower", "chair"
+BRACKETS = re.compile(r"[()\[\]{}<>|\\]")
 
 
 def captions(folder: Path) -> list[str]:
@@ -34,6 +38,19 @@ def captions(folder: Path) -> list[str]:
         raise ValueError(f"The caption file {path} is empty. Put one caption on each line, some thousands of them, or "
                          "delete the file to use the packaged list.")
     return lines
+
+
+def frames(lines: list[str], superclass: str) -> list[str]:
+    """Captions with {} where the thing is: those that name the superclass once, then those that name another plain
+    thing once. Short ones without brackets, which a prompt could mean something by; FRAMES of them, or fewer."""
+    named, others = [], []
+    for line in lines:
+        for word in (superclass, *PLAIN):
+            frame, times = re.subn(rf"\b{re.escape(word)}\b", "{}", line, flags=re.IGNORECASE)
+            if times == 1 and len(line) <= SHORT and not BRACKETS.search(line):
+                (named if word == superclass else others).append(frame)
+                break
+    return (named + others)[:FRAMES]
 
 
 def inverse_of(

@@ -1,7 +1,7 @@
 """Encode Concept: a picture and a domain become a concept with no training at all.
 
     v̄  = v(superclass) + 0.1 mean(E)      over DRAWS of a time and noise, and over the pictures
-    i* = mean over the templates of encode(template(v̄)) at the word
+    i* = mean over the frames of encode(frame(v̄)) at the word, as in tune.py
     o* = (W_v ⊙ (1 + Δ_v)) i*             what the values answer under the domain's offsets
     keys are locked to i* itself: to what the encoder saw, and not to the superclass word, which knows nothing of it
 
@@ -54,7 +54,8 @@ def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass
         answers.append(domain.encoder(seen, [x.cpu() for x in felt]))
     embedding = {name: e4t.embedding(vector, {name: torch.cat([a[name] for a in answers])})[name].mean(0)
                  for name in vector}
-    context, at = host.encode([t.replace("{}", word) for t in templates], word, embedding)
+    frames = host.frames() or list(templates)
+    context, at = host.encode([frame.replace("{}", word) for frame in frames], word, embedding)
     mean = context[torch.arange(len(at)), at].mean(0).float().cpu()
     C_inv, covariance, statistics = host.inverse_covariance()
     direction, energy = key_lock.direction(C_inv, mean)

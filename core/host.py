@@ -29,6 +29,9 @@ class Host(Protocol):
     def inverse_covariance(self) -> tuple[Tensor, str, dict]:
         """C⁻¹ (d, d) in fp64 on the CPU, its hash, and what is to be said about it (captions, tokens, ridge)."""
 
+    def frames(self) -> list[str]:
+        """Captions of the same list that say something of a thing, with {} where the thing is; see `covariance`."""
+
     def embedding(self, word: str) -> dict[str, Tensor]:
         """The superclass word's row (d of the encoder) of each text encoder's embedding table. Raises ValueError."""
 

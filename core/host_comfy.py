@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import apply as applying
 from . import weight_offset
-from .covariance import captions, inverse_of
+from .covariance import captions, frames, inverse_of
 from .encoder import pooled_answers
 from .fingerprint import exact, fingerprint, sample
 from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
@@ -128,6 +128,7 @@ class ComfyHost:
         applying.check_clip(clip, self.base)
         self.ids = superclass_ids(clip, superclass)
         self.source, self.clip, self.vae, self.progress = model, clip, vae, progress
+        self.superclass = superclass.strip()
         # the demo has its world's captions and their covariance beside it
         self.folder = model.model.model_config.folder if self.base == "creature" else folder
         self.prediction = "v" if isinstance(model.get_model_object("model_sampling"), V_PREDICTION) else "eps"
@@ -158,6 +159,9 @@ class ComfyHost:
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         return self.source.model.process_latent_in(self.vae.encode(images)).float()
+
+    def frames(self) -> list[str]:
+        return frames(captions(self.folder), self.superclass)
 
     def embedding(self, word: str) -> dict[str, Tensor]:
         self.clip.load_model()

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from . import weight_offset
 from .concept import Concept
-from .covariance import captions, inverse_of
+from .covariance import captions, frames, inverse_of
 from .encoder import pooled_answers
 from .fingerprint import fingerprint
 from .joint_edit import JointEdit, check_fit
@@ -162,7 +162,7 @@ class DiffusersHost:
     def __init__(self, pipe, superclass: str, folder, progress=lambda done, total: None):
         self.base, self.encoders = base_of(pipe), encoders(pipe)
         self.ids = superclass_ids(self.encoders, superclass)
-        self.pipe, self.folder, self.progress = pipe, folder, progress
+        self.pipe, self.folder, self.progress, self.superclass = pipe, folder, progress, superclass.strip()
         self.prediction = {"epsilon": "eps", "v_prediction": "v"}[pipe.scheduler.config.prediction_type]
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
         self.projections, self.attention = projections(pipe.unet), attention(pipe.unet)
@@ -188,6 +188,9 @@ class DiffusersHost:
         found = vae.encode((images.movedim(-1, 1) * 2 - 1).to(vae.device, vae.dtype))  # BHWC -> BCHW
         found = found.latents if isinstance(vae, AutoencoderTiny) else found.latent_dist.mode()
         return found.float() * vae.config.scaling_factor
+
+    def frames(self) -> list[str]:
+        return frames(captions(self.folder), self.superclass)
 
     def embedding(self, word: str) -> dict[str, Tensor]:
         tables = {name: model.get_input_embeddings().weight for name, (_, model) in self.encoders.items()}

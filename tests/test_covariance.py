@@ -1,6 +1,7 @@
 """The covariance of a text encoder: which tokens it is of, how it is inverted, and the file in which it is kept."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,3 +214,19 @@ def test_no_packaged_caption_is_longer_than_a_prompt(host, tmp_path):
     tokenizer = tokenizers(host("sd1", LINES).clip)["clip_l"].tokenizer
     lengths = [len(tokenizer(line)["input_ids"]) - 2 for line in PACKAGED.read_text(encoding="utf-8").splitlines()]
     assert 0 < min(lengths) and max(lengths) <= 75
+
+
+def test_frames_name_the_superclass_first_then_other_plain_things_once():
+    lines = ["a dog on a chair", "A Teapot in the snow", "the teapot and a teapot", "teapots", "a (teapot:1.2)",
+             "a bird at night", "nothing at all", "a teapot " * 40, "the dog and the dog", "an old teapot, and a cat"]
+    assert covariance.frames(lines, "teapot") == [
+        "A {} in the snow", "an old {}, and a cat", "a {} on a chair", "a {} at night"]
+    assert covariance.frames(["a c.t", "a cat"], "c.t") == ["a {}", "a {}"]
+    assert len(covariance.frames(["a dog"] * 100, "teapot")) == covariance.FRAMES
+
+
+def test_the_packaged_captions_have_frames_for_any_superclass():
+    lines = covariance.captions(Path("nowhere"))
+    for superclass in "cat", "person", "wibble":
+        found = covariance.frames(lines, superclass)
+        assert len(set(found)) == covariance.FRAMES and all(frame.count("{}") == 1 for frame in found)

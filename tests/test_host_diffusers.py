@@ -78,7 +78,7 @@ def test_a_tune_learns_and_leaves_the_pipeline_bit_for_bit(pipe, host):
     assert 0 < (learnt.embedding["clip_l"] - plain).abs().max() <= 2.1 * FAST.embedding_learning_rate
     i = learnt.target_input
     for name, o in learnt.target_output.items():
-        assert 0 < (o - host.projections[name].weight.detach() @ i).abs().max() < 0.1, name
+        assert 0 < (o - host.projections[name].weight.detach() @ i).abs().max() < 2.1 * FAST.learning_rate, name
 
 
 def test_an_error_while_learning_leaves_the_pipeline_bit_for_bit(pipe, host):
@@ -107,7 +107,7 @@ def test_what_is_learnt_makes_the_error_on_the_picture_smaller(pipe, host):
         with torch.no_grad(), edited(host.projections, JointEdit((learnt,))(present)):
             return host.errors(latents, noise, times, context.expand(32, -1, -1), "a photo of a creature").mean()
 
-    assert error(20) < 0.95 * error(1)
+    assert error(20) < 0.97 * error(1)
 
 
 def test_the_superclass_vector_at_the_word_is_the_superclass_word(pipe, host):
@@ -182,7 +182,7 @@ def test_prompts_without_the_word_give_the_picture_that_they_gave(pipe, mimi, re
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_picture_is_of_the_prompt_the_seed_and_the_strength(pipe, mimi, guidance):
+def test_a_picture_is_of_the_prompt_the_seed_and_the_gate(pipe, mimi, guidance):
     before = state(pipe)
     made = pictures(pipe, [f"a {MIMI}", f"a {MIMI}", "a house"], [mimi.at(1)], seeds=[5, 6, 5], guidance=guidance,
                     **SMALL)
@@ -190,7 +190,7 @@ def test_a_picture_is_of_the_prompt_the_seed_and_the_strength(pipe, mimi, guidan
     assert made.shape == (3, 64, 64, 3) and 0 <= made.min() < made.max() <= 1
     alone = pictures(pipe, [f"a {MIMI}"], [mimi.at(1)], seeds=[6], guidance=guidance, **SMALL)
     torch.testing.assert_close(alone[0], made[1], atol=1e-4, rtol=1e-4)
-    weaker = pictures(pipe, [f"a {MIMI}"], [mimi.at(0.1)], seeds=[6], guidance=guidance, **SMALL)
+    weaker = pictures(pipe, [f"a {MIMI}"], [mimi.raw(1.0, 0.1)], seeds=[6], guidance=guidance, **SMALL)
     assert not torch.allclose(weaker[0], made[1], atol=1e-4)
 
 

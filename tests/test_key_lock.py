@@ -559,7 +559,7 @@ def test_a_covariance_of_too_few_captions_is_refused_and_a_ridge_mends_it():
 
 
 def test_the_dial_runs_over_the_published_range_of_biases():
-    assert bias_of(0) == 0.75 and bias_of(1) == pytest.approx(0.40)
+    assert bias_of(0) == 0.60 and bias_of(1) == pytest.approx(0.30)
 
 
 def test_a_mixture_of_other_concepts_is_refused_like_a_copy_of_one():

@@ -249,11 +249,11 @@ def test_the_target_input_moves_by_its_moving_average_alone(host):
     with lesson_over(host(), FAST) as (lesson, latents, weight):
         expected = first = lesson.target_input.clone()
         generator = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            prompts = [FAST.templates[template].format(MIMI) for _, template, _ in SAMPLE]
+        for turn in range(2):
+            lesson.step(latents, weight, SAMPLE, generator)  # and then the word is read anew, in other frames
+            prompts = [frame.format(MIMI) for frame in lesson.frames[4 * turn : 4 * turn + 4]]
             context, at = lesson.host.encode(prompts, MIMI, lesson.embedding)
-            expected = 0.99 * expected + 0.01 * (context[0, at[0]] + context[1, at[1]]).detach() / 2
-            lesson.step(latents, weight, SAMPLE, generator)
+            expected = 0.99 * expected + 0.01 * sum(context[k, at[k]] for k in range(4)).detach() / 4
         assert not lesson.target_input.requires_grad and not torch.equal(first, lesson.target_input)
         torch.testing.assert_close(lesson.target_input, expected)
         assert torch.equal(lesson.key_input, first)
@@ -261,6 +261,7 @@ def test_the_target_input_moves_by_its_moving_average_alone(host):
 
 def test_many_updates_towards_one_encoding_have_their_closed_form(host):  # P10
     with lesson_over(host()) as (lesson, latents, weight):
+        lesson.frames = ["the {} on a chair"]
         first, n = lesson.target_input, 4
         context, (at,) = lesson.host.encode(["the <mimi> on a chair"], MIMI, lesson.embedding)
         for _ in range(n):
@@ -274,11 +275,30 @@ def test_the_start_is_the_superclass(host):
     host = host()
     with lesson_over(host) as (lesson, _, _):
         assert torch.equal(lesson.embedding["clip_l"], host.embedding(CAT)["clip_l"])
-        encodings = [host.answer(host.clip.tokenize(t.format(CAT)))[0][0] for t in FAST.templates]
-        mean = torch.stack([x[i] for x, i in zip(encodings, (5, 2, 2))]).mean(0)
+        tokens = [host.clip.tokenize(frame.format(CAT)) for frame in host.frames()]
+        places = [[t for t, _ in found["l"][0]].index(host.ids["clip_l"]) for found in tokens]
+        mean = torch.stack([host.answer(found)[0][0, at] for found, at in zip(tokens, places)]).mean(0)
         torch.testing.assert_close(lesson.target_input, mean)
         for name, output in lesson.target_output.items():
             torch.testing.assert_close(output[0], host.projections[name].weight @ mean)
+
+
+def test_the_word_is_as_similar_to_itself_in_other_prompts_as_in_its_frames(host):
+    """By construction: the mean over the frames of the similarity to their mean is 1."""
+    host = host()
+    with lesson_over(host) as (lesson, _, _), torch.no_grad():
+        context, at = host.encode([f.format(MIMI) for f in host.frames()], MIMI, lesson.embedding)
+        similarity = context[torch.arange(len(at)), at] @ lesson.edit().direction[0]
+        assert similarity.mean().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_without_captions_of_anything_the_templates_are_the_frames(host, tmp_path):
+    (tmp_path / "captions.txt").write_text("".join(f"{k} and {k + 1}\n" for k in range(300)))
+    host = host()
+    host.folder = tmp_path
+    assert host.frames() == []
+    with lesson_over(host) as (lesson, _, _):
+        assert lesson.frames == list(STILL.templates)
 
 
 @pytest.mark.parametrize("kind", ("sd1-inpaint", "sdxl-inpaint", "sdxl-v"))
