@@ -8,8 +8,9 @@ import sys
 from .creatures import DEVICE, RATES, ROOT
 from .make_world import cores
 
-# Creatures: for learning rates; scored; scored of the peers without a GPU, with one seed; scored from five pictures.
-SEARCHED, SCORED, SLOW, FIVE = 4, 32, 16, 16
+# Creatures: for learning rates; scored. Without a GPU few of them go on to the last of STEPS, the others end at SHORT,
+# and the peers have half of the creatures and one seed.
+SEARCHED, SCORED, LONG, SHORT = 4, 32, 8, 150
 
 
 def shared(*arguments):
@@ -27,7 +28,12 @@ def main():
     fast = DEVICE == "cuda"
     peers = [method for method in RATES if method != "perfusion"]
     shared("--search", SEARCHED)
-    shared("--methods", "perfusion", "--n", SCORED, "--seeds", 2)
-    shared("--methods", *peers, "--n", SCORED if fast else SLOW, "--seeds", 2 if fast else 1)
-    shared("--n", SCORED if fast else FIVE, "--seeds", 2 if fast else 1, "--pictures", 5)
+    if fast:
+        shared("--n", SCORED, "--seeds", 2)
+        shared("--n", SCORED, "--seeds", 2, "--pictures", 5)
+    else:
+        shared("--n", LONG, "--seeds", 1)
+        shared("--methods", "perfusion", "--n", SCORED, "--seeds", 2, "--steps", SHORT)
+        shared("--methods", *peers, "--n", SCORED // 2, "--seeds", 1, "--steps", SHORT)
+        shared("--n", LONG, "--seeds", 1, "--pictures", 5, "--steps", SHORT)
     subprocess.run([sys.executable, "-m", "bench", "table", "--again"], cwd=ROOT, check=True)

@@ -19,43 +19,41 @@ from pathlib import Path
 
 import torch
 
-from ..core import host_diffusers
 from ..core.concept import Concept, dump
 from ..core.host_diffusers import DiffusersHost
 from ..core.tune import Lesson, Tuning, fit, schedule
 from . import memory, peers, world
 from . import reader as judge
-from .examine import DEMO, GUIDANCE, SAMPLING, SUPERCLASS, WORD, Examiner, ours
+from .examine import DEMO, DEVICE, GUIDANCE, SAMPLING, SUPERCLASS, WORD, Examiner, miniature, ours
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "creatures.json"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = (0, 1, 5, 15, 50, 150, 400)
-SEARCHED = 150  # steps of a run that searches
+SEARCHED = 150  # steps of a run that searches, which is not scored after 0 and 1
 RATES = {  # of the weights, or of the embedding where nothing else is learnt
-    "perfusion": (0.01, 0.03, 0.1), "textual-inversion": (0.002, 0.006, 0.02), "lora": (0.001, 0.003, 0.01),
+    "perfusion": (0.03, 0.1, 0.3), "textual-inversion": (0.002, 0.006, 0.02), "lora": (0.001, 0.003, 0.01),
     "custom-diffusion": (0.0003, 0.001, 0.003), "dreambooth": (0.0001, 0.0003, 0.001),
 }
-BESIDE = 0.2  # the embedding's learning rate over the value outputs', as in Tuning
-EMBEDDING_RATE = 0.006  # beside weights
+EMBEDDING_RATE = 0.006  # beside weights; beside value outputs it is Tuning's own
 STRENGTH = 0.5
-STRENGTHS, DIALLED = (0.25, 0.75, 1.0), (50, 150)  # beside that one, after so many steps
+STRENGTHS, DIALLED = (0.25, 0.75, 1.0), (150,)  # beside that one, after so many steps
 
 
 @cache
 def runs_folder() -> Path:
     """Where the runs on these weights of the miniature and of the reader are kept."""
     read = hashlib.sha256()
-    for path in (*sorted(DEMO.glob("*/*.safetensors")), judge.WEIGHTS):
-        read.update(path.read_bytes())
+    for part in "text_encoder", "unet", "vae":
+        for path in sorted((DEMO / part).glob("*.safetensors")):
+            read.update(path.read_bytes())
+    read.update(judge.WEIGHTS.read_bytes())
     return ROOT / "build" / "bench" / read.hexdigest()[:12]
 
 
 def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures: int, last: int) -> dict:
     """One run's scores, rows by steps and strength; it ends early where what is learnt is no number any more."""
     host, examiner = DiffusersHost(pipe, SUPERCLASS, DEMO), Examiner(pipe, split, k)
-    settings = Tuning(steps=last, seed=seed, resolution=world.SIZE, learning_rate=rate,
-                      embedding_learning_rate=BESIDE * rate)
+    settings = Tuning(steps=last, seed=seed, resolution=world.SIZE, learning_rate=rate)
     images = world.render(SUPERCLASS, examiner.who.expand(pictures, -1), examiner.training[:pictures])[0]
     latents = host.latents(fit(images.movedim(1, -1), settings.resolution)).to(DEVICE)  # BCHW -> BHWC
     weight, generator = torch.ones_like(latents[:, :1]), torch.Generator().manual_seed(seed)
@@ -85,7 +83,7 @@ def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures:
         for step in range(last + 1):
             if not math.isfinite(loss):
                 break
-            if step in STEPS:
+            if step in STEPS and (split == "test" or step > 1):
                 mark(step)
             if step < last:
                 begun = clock()
@@ -169,11 +167,12 @@ def main():
     if not arguments.shard.endswith("/1"):
         torch.set_num_threads(1)
     runs_folder().mkdir(parents=True, exist_ok=True)
-    pipe = host_diffusers.load(DEMO).to(DEVICE)
+    pipe = miniature()
     for one in share(runs(arguments), arguments.shard):
         method, rate, split, k, seed, pictures, last = one
-        path = runs_folder() / f"{split}-{k:03}-{method}-{rate}-s{seed}-p{pictures}-{last}.json"
-        if not path.exists():
+        name = f"{split}-{k:03}-{method}-{rate}-s{seed}-p{pictures}"
+        path = runs_folder() / f"{name}-{last}.json"
+        if not any(int(kept.stem.rpartition("-")[2]) >= last for kept in runs_folder().glob(f"{name}-*.json")):
             done = run(pipe, *one)
             path.with_suffix(".part").write_text(json.dumps(done, allow_nan=False), encoding="utf-8")
             path.with_suffix(".part").replace(path)

@@ -71,19 +71,15 @@ class Peer:
         """One optimiser step over a batch of (picture, template, time), as `tune.Lesson.step` takes it."""
         texts = [self.templates[template] for _, template, _ in sample]
         context, _ = self.host.encode([t.replace("{}", self.word) for t in texts], self.word, self.embedding)
-        leaf, total = context.detach().requires_grad_(), 0.0
-        for k, (picture, _, t) in enumerate(sample):  # one graph at a time, as Lesson does
-            x, m = latents[picture : picture + 1], weight[picture : picture + 1]
-            noise = torch.randn(x.shape, generator=generator).to(x.device)
-            errors = self.host.errors(x, noise, torch.tensor([t], device=x.device), leaf[k : k + 1],
-                                      texts[k].replace("{}", self.superclass))
-            loss = (m * errors).mean(1).sum() / m.sum() / len(sample)
-            loss.backward()
-            total += loss.item()
-        context.backward(leaf.grad)
+        latents, weight = (t[[picture for picture, _, _ in sample]] for t in (latents, weight))
+        noise = torch.cat([torch.randn(latents[:1].shape, generator=generator) for _ in sample]).to(latents.device)
+        times = torch.tensor([t for _, _, t in sample], device=latents.device)
+        errors = self.host.errors(latents, noise, times, context, "")  # which only SDXL reads
+        loss = ((weight * errors).mean(1).sum((1, 2)) / weight.sum((1, 2, 3))).mean()
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total
+        return loss.item()
 
     @torch.no_grad()
     def draw(self, prompts: list[str], seeds: list[int], sampling: int, guidance: float) -> Tensor:

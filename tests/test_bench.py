@@ -99,7 +99,7 @@ def test_scored_creatures_prompts_differ_from_the_picture_and_searched_ones_are_
 
 
 def test_a_run_can_be_repeated_and_its_table_says_what_it_said(host, small):
-    one = ("perfusion", 0.03, "test", 0, 0, 1, 2)
+    one = ("perfusion", 0.1, "test", 0, 0, 1, 2)
     first, again = (creatures.run(host.pipe, *one) for _ in range(2))
     unlike = {"seconds", "peak_mb"}
     assert [{k: v for k, v in row.items() if k not in unlike} for row in first["rows"]] == [
@@ -114,7 +114,7 @@ def test_a_run_can_be_repeated_and_its_table_says_what_it_said(host, small):
     assert row["identity"] == first["rows"][1]["identity"]
     assert set(row) == set("""method pictures steps strength n seeds learning_rate identity identity_sd identity_se top1
         colour shape pattern leak peak_mb alignment alignment_sd drift diversity seconds bytes""".split())
-    assert row["n"] == 1 and row["identity_sd"] is None and row["learning_rate"] == 0.03
+    assert row["n"] == 1 and row["identity_sd"] is None and row["learning_rate"] == 0.1
     assert next(row for row in found["rows"] if row["method"] == "lora")["strength"] is None
     assert {"commit", "machine", "seeds", "ceiling", "floor", "rows", "paired"} <= set(found)
     assert found["ceiling"]["identity"] > found["floor"]["identity"]
