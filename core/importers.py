@@ -30,6 +30,7 @@ LARGEST, LARGEST_PICKLE = 64 * 2**20, 2**20  # bytes; a .ckpt for SD2.1 has 12 M
 TEXT = {768: ("sd1", "clip_l"), 1024: ("sd2", "clip_h")}  # width of text encodings -> base, text encoder
 POSITIONS = {4: 4, 5: 2, 6: 2, 2: 1}  # row of o* -> how many of the nine training templates put the concept there
 VALUE = "transformer_blocks.0.attn2.to_v"  # below its block
+BIAS, TEMPERATURE = 0.70, 0.15  # the paper's gate while making pictures, which belongs to its i* of short templates
 AGREE = 1e-3  # the copies of i* are one vector, up to the noise of half precision
 WIDTHS = {f"input_blocks.{n}.1": w for n, w in ((1, 320), (2, 320), (4, 640), (5, 640), (7, 1280), (8, 1280))}
 WIDTHS |= {"middle_block.1": 1280}
@@ -127,14 +128,15 @@ def _concept(source, word, superclass, embedding, target_input, inverse, values)
         base=base, superclass=superclass, word=check_word(word), embedding={encoder: embedding.float()},
         target_input=i, key_input=i, direction=toward.float(),
         target_output={f"{block}.{VALUE}": o.float() for block, o in values.items()},
-        energy=energy, training={"imported": source},
+        energy=energy, bias=BIAS, temperature=TEMPERATURE, training={"imported": source},
         covariance="imported-" + hashlib.sha256(inverse.float().contiguous().numpy().tobytes()).hexdigest()[:16],
     )
     parse(dump(concept), "the converted concept")  # what a concept's file may not hold is refused here, not later
     return concept, [
         f"Base: taken to be {BASES[base]} (predicting noise), because its text encodings have width {len(i)}.",
         "Keys: locked to the target input i*; the stored key outputs cannot be turned back into a text encoding.",
-        f"Gate: not stored; this pack's is set (bias {concept.gate_bias:.3g}, temperature {concept.temperature:.3g}).",
+        f"Gate: not stored; the paper's is set (bias {BIAS:g}, temperature {TEMPERATURE:g}). The dial's is for concepts "
+        "of this pack and opens further: use Gate Strength in raw mode.",
         f"Covariance: the file's own ({concept.covariance}); combines only with concepts imported under the same one.",
     ]
 
