@@ -41,8 +41,8 @@ def tiny(tmp_path_factory):
 def main():
     """`python -m headless` without a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE.parent))
-        yield importlib.import_module("headless.__main__").main
+        patch.syspath_prepend(str(HERE.parent))  # for no longer than this: `nodes` is ComfyUI's to others
+        return importlib.import_module("headless.__main__").main
 
 
 @pytest.fixture(scope="session")
