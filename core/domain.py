@@ -62,8 +62,7 @@ def parse(data: bytes, name: str) -> Domain:
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"'{name}' is not a domain of this pack: its format should be {FORMAT}, it is "
-            f"{metadata.get('format', 'not given')}. A concept goes into Load Perfusion Concept; folders of "
-            "e4t-diffusion go through `python -m headless convert` first."
+            f"{metadata.get('format', 'not given')}. A concept goes into Load Perfusion Concept."
         )
     try:
         facts = {key: metadata[key] for key in ("base", "prediction", "superclass", "tower")}

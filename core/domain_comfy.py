@@ -1,6 +1,7 @@
 """Domains in ComfyUI: a batch of pictures becomes one, and with one a picture becomes a concept at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def encode_concept(domain: Domain, model, clip, vae, clip_vision, images: Tensor
     tuning.check(images, mask, tuning.Tuning())
     check_word(word)
     host, tower = ComfyHost(model, clip, vae, superclass, folder, captions), tower_of(clip_vision)
-    encoding.check(domain, host.base, tower.hash)
+    encoding.check(domain, host.base, host.prediction, tower.hash, superclass)
     if mask is not None:
         weight = mask[..., None].expand(len(images), -1, -1, -1)
         images = images * weight + GREY * (1 - weight)
@@ -68,7 +69,8 @@ def train_domain(model, clip, vae, clip_vision, images: Tensor, superclass: str,
         seen, latents = seen.clone(), latents.clone()
         course = Course(host, superclass, seen, latents, settings.seed)
         try:
-            train(course, data, len(images), settings, report=heard)
+            # one picture at a time, which is what the host made room for
+            train(course, data, len(images), replace(settings, accumulate=settings.batch), report=heard)
         except BaseException:
             if done:
                 keep(domain())

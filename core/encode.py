@@ -23,8 +23,15 @@ from .weight_offset import check_fit, modulate
 DRAWS = 16
 
 
-def check(domain: Domain, base: str, tower: str):
-    """Raise ValueError where the domain was trained on another base or with another tower (its hash)."""
+def check(domain: Domain, base: str, prediction: str, tower: str, superclass: str):
+    """Raise ValueError where the domain was trained on another base, with another tower (its hash), or for another
+    superclass, whose word its answers are offsets of."""
+    if domain.superclass != superclass.strip():
+        raise ValueError(f"This domain is of the superclass '{domain.superclass}', and '{superclass}' was given. Write "
+                         f"'{domain.superclass}', or load a domain of that kind.")
+    if domain.prediction != prediction:
+        raise ValueError(f"This domain was trained on a model that predicts {domain.prediction}, and the connected one "
+                         f"predicts {prediction}. Load the model that it was trained on, or one like it.")
     if domain.base != base:
         raise ValueError(f"This domain was trained on {BASES[domain.base]} and the connected model is {BASES[base]}. "
                          "Load a model of that family, or another domain.")
@@ -39,7 +46,7 @@ def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass
            templates=TEMPLATES, draws: int = DRAWS) -> Concept:
     """The concept of pictures whose class tokens are `seen` (m, l, w) and whose latents are (m, c, h, w).
 
-    Raises ValueError where the domain does not fit the host's model.
+    Raises ValueError where the domain's offsets do not fit the host's model.
     """
     check_word(word)
     check_fit(host.attention, domain.offsets)
@@ -59,7 +66,8 @@ def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass
     mean = context[torch.arange(len(at)), at].mean(0).float().cpu()
     C_inv, covariance, statistics = host.inverse_covariance()
     direction, energy = key_lock.direction(C_inv, mean)
-    outputs = {name: modulate(module.weight.cpu(), domain.offsets[name]) @ mean
+    outputs = {name: (modulate(module.weight.cpu(), domain.offsets[name]) if name in domain.offsets
+                      else module.weight.cpu().float()) @ mean
                for name, module in host.projections.items() if name.endswith("to_v")}
     return Concept(base=host.base, prediction=host.prediction, superclass=superclass, word=word, embedding=embedding,
                    target_input=mean, key_input=mean, direction=direction.float(), target_output=outputs,

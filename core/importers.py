@@ -135,8 +135,8 @@ def _concept(source, word, superclass, embedding, target_input, inverse, values)
     return concept, [
         f"Base: taken to be {BASES[base]} (predicting noise), because its text encodings have width {len(i)}.",
         "Keys: locked to the target input i*; the stored key outputs cannot be turned back into a text encoding.",
-        f"Gate: not stored; the paper's is set (bias {BIAS:g}, temperature {TEMPERATURE:g}). The dial's is for concepts "
-        "of this pack and opens further: use Gate Strength in raw mode.",
+        f"Gate: not stored; the paper's is set (bias {BIAS:g}, temperature {TEMPERATURE:g}). The dial's is for "
+        "concepts of this pack and opens further: use Gate Strength in raw mode.",
         f"Covariance: the file's own ({concept.covariance}); combines only with concepts imported under the same one.",
     ]
 

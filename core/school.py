@@ -44,15 +44,17 @@ class Schooled:
 
 
 class Alone:
-    """One process in full precision: what the loop asks of accelerate's Accelerator, for hosts that have none."""
+    """One process: what the loop asks of accelerate's Accelerator, for hosts that have none. The loss is scaled where
+    the host's UNet is in fp16, as gradients are lost in it otherwise."""
 
     process_index, num_processes, is_main_process = 0, 1, True
 
-    def prepare(self, *things):
-        return things
+    def __init__(self, host):
+        self.scaler = torch.amp.GradScaler(host.device.type, 2.0**10, enabled=host.dtype == torch.float16)
 
-    def unwrap_model(self, module):
-        return module
+    def prepare(self, course, optimizer):
+        self.optimizer = optimizer
+        return course, optimizer
 
     def autocast(self):
         return nullcontext()
@@ -61,7 +63,15 @@ class Alone:
         return nullcontext()
 
     def backward(self, loss):
-        loss.backward()
+        self.scaler.scale(loss).backward()
+
+    def move(self, optimizer):
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def clip_grad_norm_(self, parameters, longest):
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, longest)
 
 
 def check(settings: Schooling, processes: int):
@@ -77,7 +87,7 @@ def check(settings: Schooling, processes: int):
 
 def draw(settings: Schooling, step: int, count: int):
     """What a step is of: rows of `count` pictures, times in [0, 1), a seed for its noise and captions."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
     rows = torch.randint(count, (settings.batch,), generator=generator)
     return rows, torch.rand(settings.batch, generator=generator), generator
 
@@ -91,9 +101,9 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
     `checkpoint` is written each `every` steps and at the end, and gone on from where it is there; `sample` is called
     then too, with the step. Raises ValueError, and the host's cancel, with the checkpoint left as it was last.
     """
-    machine = machine or Alone()
-    check(settings, machine.num_processes)
     host, device = course.host, course.host.device
+    machine = machine or Alone(host)
+    check(settings, machine.num_processes)
     course.to(device)
     optimizer = torch.optim.AdamW([
         {"params": list(course.encoder.parameters()), "base": settings.learning_rate},
@@ -113,18 +123,25 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         latents, weight, seen, captions = data(rows, generator)
         noise = torch.randn(latents.shape, generator=generator)
         parts = [part[mine].chunk(settings.accumulate) for part in (latents, weight, seen, noise, times)]
+        sound = True
         for k, (x, w, f, e, t) in enumerate(zip(*parts)):
             lines = captions[mine][k * len(x) : (k + 1) * len(x)]
             last = k + 1 == settings.accumulate
-            with nullcontext() if last else machine.no_sync(module), machine.autocast():
-                loss, numbers = module(*(p.to(device) for p in (x, w, f)), lines, e.to(device), t.to(device))
+            x, w, f, e, t = (p.to(device) for p in (x, w, f, e, t))
+            with machine.autocast():
+                felt = course.features(x, e, t)
+            # the way back is inside too: where memory is short, it computes the blocks again
+            with nullcontext() if last else machine.no_sync(module), course.modulated():
+                with machine.autocast():
+                    loss, numbers = module(x, w, f, felt, lines, e, t)
                 machine.backward(loss / settings.accumulate)
-        torch.nn.utils.clip_grad_norm_(course.parameters(), 1.0)
-        optimizer.step()
+                sound = sound and math.isfinite(loss.item())
+        machine.clip_grad_norm_(course.parameters(), 1.0)
+        if not sound:
+            raise ValueError(f"Training stopped at step {step + 1}: the loss is not a number. What was learnt before "
+                             "is kept; go on from it, or begin again, at a lower learning rate.")
+        machine.move(optimizer)
         optimizer.zero_grad()
-        if not math.isfinite(numbers["error"]):
-            raise ValueError(f"Training stopped at step {step + 1}: the loss is not a number. The last checkpoint is "
-                             "whole; go on from it at a lower learning rate.")
         for name, value in numbers.items():
             shown[name] = 0.98 * shown.get(name, value) + 0.02 * value
         done, end = step + 1, step + 1 == settings.steps

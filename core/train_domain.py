@@ -58,15 +58,21 @@ class Course(nn.Module):
         context = self.plain.expand(len(latents), -1, -1)
         return self.host.features(latents, noise, time, context, prompt.replace(WORD, self.superclass))
 
-    def forward(self, latents: Tensor, weight: Tensor, seen: Tensor, captions: list[str], noise: Tensor, time: Tensor):
+    def modulated(self):
+        """The model with the offsets as they are, for as long as this is open; see `weight_offset.modulated`."""
+        return modulated(self.host.attention, self.offsets)
+
+    def forward(self, latents: Tensor, weight: Tensor, seen: Tensor, felt: list[Tensor], captions: list[str],
+                noise: Tensor, time: Tensor):
         """(loss, {part of it: number}) of latents (b, c, h, w), what they weigh (b, 1, h, w), class tokens (b, l, w),
-        captions with {} once, noise as the latents, and times (b) in [0, 1)."""
-        felt = self.features(latents, noise, time)
+        `features` of the same latents, captions with {} once, noise as the latents, and times (b) in [0, 1).
+
+        It and its way back belong inside `modulated`, and `features` outside.
+        """
         E = self.encoder(seen, felt)
         context, _ = self.host.encode([c.replace("{}", WORD) for c in captions], WORD, e4t.embedding(self.vector, E))
-        with modulated(self.host.attention, self.offsets):
-            errors = self.host.errors(latents, noise, time, context, TEMPLATES[0].replace("{}", self.superclass))
-            error = ((weight * errors).mean(1).sum((1, 2)) / weight.sum((1, 2, 3))).mean()
+        errors = self.host.errors(latents, noise, time, context, TEMPLATES[0].replace("{}", self.superclass))
+        error = ((weight * errors).mean(1).sum((1, 2)) / weight.sum((1, 2, 3))).mean()
         length = e4t.penalty(E)
         return error + self.penalty * length, {"error": error.item(), "length": length.item()}
 

@@ -10,6 +10,7 @@ sheets of the pictures that are held out: the picture, and what the encoder make
 
 import hashlib
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import safetensors.torch
@@ -93,10 +94,18 @@ def square(picture: torch.Tensor, side: int) -> torch.Tensor:
 
 def train_domain(arguments):
     """Learn what a family of things has in common, so that a new one of it is learnt in a few steps."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    machine = Accelerator(mixed_precision=arguments.precision, cpu=not torch.cuda.is_available())
+    class Machine(Accelerator):
+        def move(self, optimizer):
+            optimizer.step()  # the prepared one scales by itself
+
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=2))  # of the others, while one reads all pictures
+    machine = Machine(mixed_precision=arguments.precision, cpu=not torch.cuda.is_available(),
+                      kwargs_handlers=[patience])
     out = Path(arguments.out)
+    if out.is_dir() or out.suffix != ".safetensors":
+        raise ValueError(f"--out names the domain's file, cats.safetensors for one; got '{out}'.")
     work = out.with_suffix(".work")
     pipe, folder = open_model(arguments.model)
     pipe.to(machine.device)
@@ -123,6 +132,7 @@ def train_domain(arguments):
 
     def sample(course, step):
         learnt, rows = domain(course, step), []
+        domains.save(learnt, out)
         for k in range(train_on, len(paths)):
             concept = encode(host, learnt, tokens[k : k + 1].float(), latents[k : k + 1].float().to(host.device),
                              arguments.superclass, WORD)
@@ -131,7 +141,6 @@ def train_domain(arguments):
             rows.append([square(pictures.read(paths[k]), resolution), *made.split(1)])
         sheet = pictures.sheet(rows, ["the picture", *tuning.TEMPLATES[:3]], [""] * HELD)
         print(f"\nstep {step}: {pictures.put(work / f'sample-{step:06}.png', sheet)}")
-        domains.save(learnt, out)
 
     def say(schooled):
         if machine.is_main_process:
@@ -143,4 +152,5 @@ def train_domain(arguments):
         course = Course(host, arguments.superclass, tokens, latents, settings.seed)
         train(course, data, train_on, settings, machine, work / "checkpoint.pt", arguments.every, say, sample)
     if machine.is_main_process:
+        domains.save(domain(course, settings.steps), out)  # of a finished training too, whose file was moved away
         print(f"\n{out}: {out.stat().st_size / 2**20:.1f} MB")

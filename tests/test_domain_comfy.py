@@ -1,5 +1,7 @@
 """Domains in ComfyUI on tiny checkpoints: trained, encoded with, refused; and that the tower is transformers' own."""
 
+from dataclasses import replace
+
 import comfy.model_management
 import pytest
 import torch
@@ -109,7 +111,11 @@ def test_what_does_not_fit_gets_a_sentence(trained, tiny, towers):
     with pytest.raises(ValueError, match="trained on SD1.5 and the connected model is SDXL"):
         encode(tiny("sdxl"), folder, domain, towers[0])
     with pytest.raises(ValueError, match="another vision tower"):
-        encode(parts, folder, parse(domains.dump(domain), "x").__class__(**vars(domain) | {"tower": "0123"}), towers[0])
+        encode(parts, folder, replace(domain, tower="0123"), towers[0])
+    with pytest.raises(ValueError, match="of the superclass 'cat', and 'dog' was given"):
+        encode(parts, folder, domain, towers[0], superclass="dog")
+    with pytest.raises(ValueError, match="predicts v, and the connected one predicts eps"):
+        encode(parts, folder, replace(domain, prediction="v"), towers[0])
     with pytest.raises(ValueError, match="Connect Load Image"):
         encode(parts, folder, domain, towers[0], PICTURES[:0])
     with pytest.raises(ValueError, match="angle brackets"):
@@ -120,3 +126,12 @@ def test_what_does_not_fit_gets_a_sentence(trained, tiny, towers):
 
     with pytest.raises(ValueError, match="without a class token"):
         encode(parts, folder, domain, Siglip())
+
+
+def test_where_memory_is_short_the_same_is_learnt_with_blocks_computed_again(trained, tiny, towers, monkeypatch):
+    _, folder, domain = trained("sd1")
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *a, **k: 0)
+    again = domain_comfy.train_domain(*tiny("sd1"), towers[0], PICTURES, "cat", FAST, 64, folder,
+                                      lambda done, total: None, lambda schooled: None, pytest.fail)
+    for name, offset in again.offsets.items():
+        torch.testing.assert_close(offset.output, domain.offsets[name].output, atol=1e-5, rtol=1e-3)

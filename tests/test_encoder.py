@@ -58,20 +58,6 @@ def test_the_penalty_is_a_mean_over_the_batch_and_the_offset_a_tenth():
     torch.testing.assert_close(e4t.embedding(nothing, E)["clip_g"] * 10, E["clip_g"])
 
 
-def test_a_standardised_encoder_answers_to_features_as_the_plain_one_to_standardised_ones():
-    plain, encoder, (seen, felt) = awake(build()), awake(build()), features(40)
-    for layer, same in zip(encoder.out.values(), plain.out.values()):
-        layer.load_state_dict(same.state_dict())
-    e4t.standardise(encoder, seen, felt)
-
-    def standard(x):
-        return (x - x.mean(0)) / x.std(0).square().mean().sqrt()
-
-    wanted = plain(torch.stack([standard(x) for x in seen.unbind(1)], 1), [standard(x) for x in felt])
-    for name, E in encoder(seen, felt).items():
-        torch.testing.assert_close(E, wanted[name])
-
-
 def test_features_of_another_tower_or_unet_are_refused():
     encoder, (seen, felt) = build(), features()
     with pytest.raises(ValueError):

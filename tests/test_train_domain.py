@@ -58,11 +58,17 @@ def batch(host, tower, pictures, seed=3):
             torch.randn(latents.shape, generator=r), torch.rand(4, generator=r))
 
 
+def loss_of(course, latents, weight, seen, captions, noise, time):
+    felt = course.features(latents, noise, time)
+    with course.modulated():
+        return course(latents, weight, seen, felt, captions, noise, time)
+
+
 def taught(course, host, data, steps=6):
     with host.training(data[0][:1]):
         optimizer, losses = torch.optim.AdamW(course.parameters(), lr=3e-3), []
         for _ in range(steps):
-            loss, _ = course(*data)
+            loss, _ = loss_of(course, *data)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -81,7 +87,7 @@ def test_class_tokens_are_those_of_every_second_layer_of_the_middle_square(tower
 def test_a_course_begins_as_the_superclass_word_on_the_plain_model(course, host, tower, pictures):
     latents, weight, seen, captions, noise, time = batch(host, tower, pictures)
     with host.training(latents[:1]), torch.no_grad():
-        loss, parts = course(latents, weight, seen, captions, noise, time)
+        loss, parts = loss_of(course, latents, weight, seen, captions, noise, time)
         context, _ = hd.encode_prompts(host.pipe, [c.replace("{}", CREATURE) for c in captions])
         plain = host.errors(latents, noise, time, context, "a photo of a creature").mean()
     assert parts["length"] == 0
@@ -104,7 +110,7 @@ def test_what_weighs_nothing_teaches_nothing(course, host, tower, pictures):
     weight[:, :, :4] = 0
     changed = noise.clone()
     with host.training(latents[:1]):
-        loss, _ = course(latents, weight, seen, captions, noise, time)
+        loss, _ = loss_of(course, latents, weight, seen, captions, noise, time)
         half = host.errors(latents, noise, time, hd.encode_prompts(host.pipe, [
             c.replace("{}", CREATURE) for c in captions])[0], "")[:, :, 4:].mean()
     torch.testing.assert_close(loss, half)
