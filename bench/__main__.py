@@ -12,6 +12,7 @@ COMMANDS = {
     "reader": "train the network that reads pictures",
     "metrics": "print what the reader reads of true pictures, degraded ones and wrong ones",
     "entry": "show that the miniature obeys its captions and can draw an identity",
+    "gate": "print what the gate sees of the word and of other tokens in long prompts",
     "all": "everything that follows: learning rates, all methods, the table",
     "quick": "a few other creatures in ten minutes",
     "creatures": "personalise held-out creatures, or a share of them",

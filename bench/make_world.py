@@ -1,4 +1,4 @@
-"""`make world`: the miniature from nothing, in two to three hours on two CPU cores. It goes on where it was stopped.
+"""`make world`: the miniature from nothing, in four to five hours on two CPU cores. It goes on where it was stopped.
 
     draw       pictures of the world
     vae        the autoencoder: pictures to latents and back

@@ -17,7 +17,7 @@ from . import key_lock
 from .concept import BASES, Concept, check_word
 from .domain import Domain
 from .host import Host
-from .tune import TEMPLATES
+from .tune import TEMPLATES, at_the_word
 from .weight_offset import check_fit, modulate
 
 DRAWS = 16
@@ -43,7 +43,7 @@ def check(domain: Domain, base: str, prediction: str, tower: str, superclass: st
 
 @torch.no_grad()
 def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass: str, word: str, seed: int = 0,
-           templates=TEMPLATES, draws: int = DRAWS) -> Concept:
+           draws: int = DRAWS) -> Concept:
     """The concept of pictures whose class tokens are `seen` (m, l, w) and whose latents are (m, c, h, w).
 
     Raises ValueError where the domain's offsets do not fit the host's model.
@@ -51,19 +51,17 @@ def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass
     check_word(word)
     check_fit(host.attention, domain.offsets)
     vector, generator = host.embedding(superclass), torch.Generator().manual_seed(seed)
-    plain, _ = host.encode([templates[0].replace("{}", word)], word, vector)
+    plain, _ = host.encode([TEMPLATES[0].replace("{}", word)], word, vector)  # as the course asks the way down
     answers = []
     for k in range(draws):
         time = torch.full((len(latents),), (k + 0.5) / draws, device=latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         felt = host.features(latents, noise, time, plain.expand(len(latents), -1, -1),
-                             templates[0].replace("{}", superclass))
+                             TEMPLATES[0].replace("{}", superclass))
         answers.append(domain.encoder(seen, [x.cpu() for x in felt]))
     embedding = {name: e4t.embedding(vector, {name: torch.cat([a[name] for a in answers])})[name].mean(0)
                  for name in vector}
-    frames = host.frames() or list(templates)
-    context, at = host.encode([frame.replace("{}", word) for frame in frames], word, embedding)
-    mean = context[torch.arange(len(at)), at].mean(0).float().cpu()
+    mean = at_the_word(host, word, embedding, host.frames() or list(TEMPLATES)).cpu()
     C_inv, covariance, statistics = host.inverse_covariance()
     direction, energy = key_lock.direction(C_inv, mean)
     outputs = {name: (modulate(module.weight.cpu(), domain.offsets[name]) if name in domain.offsets

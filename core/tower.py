@@ -26,14 +26,18 @@ class Tower:
     states: Callable[[Tensor], list[Tensor]]
 
 
+def middle(images: Tensor, side: int) -> Tensor:
+    """The middle square of pictures (m, H, W, 3) in 0..1, as (m, 3, side, side)."""
+    x = images.movedim(-1, 1).float()  # BHWC -> BCHW
+    least = min(x.shape[2:])
+    top, left = ((length - least) // 2 for length in x.shape[2:])
+    x = x[:, :, top : top + least, left : left + least]
+    return x if least == side else F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def prepare(images: Tensor, size: int) -> Tensor:
     """Pictures (m, H, W, 3) in 0..1 as CLIP sees them, (m, 3, size, size)."""
-    x = images.movedim(-1, 1).float()  # BHWC -> BCHW
-    side = min(x.shape[2:])
-    top, left = ((length - side) // 2 for length in x.shape[2:])
-    x = x[:, :, top : top + side, left : left + side]
-    if side != size:
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    x = middle(images, size)
     mean, std = (torch.tensor(t, device=x.device).view(3, 1, 1) for t in (MEAN, STD))
     return (x - mean) / std
 

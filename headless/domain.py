@@ -15,7 +15,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from transformers import CLIPVisionModel
 
 from core import domain as domains
@@ -24,15 +23,14 @@ from core import tune as tuning
 from core.encode import encode
 from core.file import pack, write
 from core.school import Schooling, train
-from core.tower import Tower, class_tokens, hash_of
-from core.train_domain import Course
+from core.tower import Tower, class_tokens, hash_of, middle
+from core.train_domain import WORD, Course
 
 from . import pictures
 from .learn import open_model
 
 KINDS = ".png", ".jpg", ".jpeg", ".webp"
 HELD = 4  # pictures that are not trained on
-WORD = "<new>"
 
 
 def open_tower(path) -> Tower:
@@ -85,11 +83,7 @@ def seen(folder: Path, work: Path, host, tower: Tower, resolution: int, say=prin
 
 def square(picture: torch.Tensor, side: int) -> torch.Tensor:
     """The middle square (1, side, side, 3) of a picture (1, H, W, 3)."""
-    height, width = picture.shape[1:3]
-    least = min(height, width)
-    top, left = (height - least) // 2, (width - least) // 2
-    picture = picture[:, top : top + least, left : left + least].movedim(-1, 1)
-    return F.interpolate(picture, (side, side), mode="bicubic", antialias=True).clamp(0, 1).movedim(1, -1)
+    return middle(picture, side).movedim(1, -1)  # BCHW -> BHWC
 
 
 def train_domain(arguments):
