@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tuning")  # its asserts are to tell as much as a test's own
+
 HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("comfy_beside", HERE.parent / "headless" / "comfy.py")
 beside = importlib.util.module_from_spec(spec)
