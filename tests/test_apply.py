@@ -1,14 +1,15 @@
 """Concepts on a ComfyUI model, one and several: against the textbook formula, and that nothing else changes."""
 
-import applied
 import comfy.model_management
 import pytest
 import torch
-from applied import KINDS, PLACES, TINY, apply, encode, near, off_by, projections, sample, swapped, textbook
 from comfy.patcher_extension import WrappersMP
 
 from perfusion.core import apply as applying
 from perfusion.core.prompt import words_of
+
+import applied
+from applied import KINDS, PLACES, TINY, apply, encode, near, off_by, projections, sample, swapped, textbook
 
 pytestmark = pytest.mark.host
 

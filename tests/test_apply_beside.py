@@ -1,11 +1,9 @@
 """Concepts on a ComfyUI model, beside all else that a graph does to a model."""
 
-import applied
 import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from applied import PLACES, TINY, apply, encode, near, off_by, projections, sample, swapped, textbook, world_of
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -13,6 +11,9 @@ from torch._dynamo.utils import counters
 
 from perfusion.core import apply as applying
 from perfusion.core.prompt import PRESENT, WORDS
+
+import applied
+from applied import PLACES, TINY, apply, encode, near, off_by, projections, sample, swapped, textbook, world_of
 
 pytestmark = pytest.mark.host
 

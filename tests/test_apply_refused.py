@@ -1,15 +1,16 @@
 """Concepts that do not fit the connected model: each gets a sentence, and nothing is left of the attempt."""
 
-import applied
 import comfy.supported_models
 import pytest
 import torch
-from applied import apply, swapped
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from perfusion.core import apply as applying
 from perfusion.core.prompt import words_of
+
+import applied
+from applied import apply, swapped
 
 pytestmark = pytest.mark.host
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from concepts import NAMES, SHAPES, learnt, metadata_of
 
 from perfusion.core.concept import FORMAT, Concept, check_word, dump, load, parse, save, write
 from perfusion.core.key_lock import bias_of, unit
+
+from concepts import NAMES, SHAPES, learnt, metadata_of
 
 # What goes in comes out
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from concepts import NAMES, learnt, metadata_of
 
 from perfusion.core.concept import FORMAT, LARGEST, dump, load, parse, save, write
+
+from concepts import NAMES, learnt, metadata_of
 
 
 def remade(tensors=None, without=(), metadata=None, lacking=(), concept=None) -> bytes:

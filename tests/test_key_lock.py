@@ -4,13 +4,14 @@ Spec: 2305.01644, eqs. 3 and 4. P1 to P15 name the properties that any Perfusion
 is the equation as printed, with the Gram matrix and a solve.
 """
 
-import edits
 import pytest
 import torch
-from edits import BIAS, TEMPERATURE, S, W, answers, close, edit_of, projection, single, tensor
 
 from perfusion.core.concept import Concept, dump, parse
 from perfusion.core.key_lock import APART, bias_of, direction, edited, gate, invert, joint, overlap, second_moment, unit
+
+import edits
+from edits import BIAS, TEMPERATURE, S, W, answers, close, edit_of, projection, single, tensor
 
 three, world = edits.three, edits.world  # fixtures
 

@@ -1,11 +1,12 @@
 """The edit in a model's projections: which rows it reaches and how much, and that it comes out again."""
 
-import edits
 import pytest
 import torch
-from edits import BIAS, TEMPERATURE, answers, close, edit_of, projection, single, tensor
 
 from perfusion.core.key_lock import Edit, direction, edited, joint, overlap, subset
+
+import edits
+from edits import BIAS, TEMPERATURE, answers, close, edit_of, projection, single, tensor
 
 three, world = edits.three, edits.world  # fixtures
 

@@ -7,12 +7,13 @@ import ast
 import importlib.util
 from pathlib import Path
 
-import edits
 import pytest
 import torch
-from edits import S, W, answers, close, edit_of, projection, single, tensor
 
 from perfusion.core.key_lock import direction, gate, overlap
+
+import edits
+from edits import S, W, answers, close, edit_of, projection, single, tensor
 
 world = edits.world  # a fixture
 

@@ -9,6 +9,10 @@ from dataclasses import replace
 import comfy.model_sampling
 import pytest
 import torch
+
+from perfusion.core import concept, host_comfy
+from perfusion.core.tune import schedule
+
 import tuning
 from tuning import (
     CAT,
@@ -27,9 +31,6 @@ from tuning import (
     step,
     v_prediction,
 )
-
-from perfusion.core import concept, host_comfy
-from perfusion.core.tune import schedule
 
 pytestmark = pytest.mark.host
 

@@ -3,10 +3,11 @@
 import comfy.model_management as memory
 import pytest
 import torch
-import tuning
-from tuning import CAT, PICTURE, host_over, learn, patched, v_prediction
 
 from perfusion.core import host_comfy
+
+import tuning
+from tuning import CAT, PICTURE, host_over, learn, patched, v_prediction
 
 pytestmark = pytest.mark.host
 

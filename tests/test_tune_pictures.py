@@ -5,6 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from perfusion.core import concept, host_comfy
+from perfusion.core.tune import Tuning, fit, schedule
+
 import tuning
 from tuning import (
     FAST,
@@ -22,9 +26,6 @@ from tuning import (
     patched,
     step,
 )
-
-from perfusion.core import concept, host_comfy
-from perfusion.core.tune import Tuning, fit, schedule
 
 pytestmark = pytest.mark.host
 

@@ -7,6 +7,11 @@ import comfy.model_management as memory
 import comfy.ops
 import pytest
 import torch
+
+from perfusion.core import concept, host_comfy, tune
+from perfusion.core.quick_tune import quick_tune
+from perfusion.core.tune import Diverged, Tuning, check, schedule, what_is_wrong
+
 import tuning
 from tuning import (
     CAT,
@@ -23,10 +28,6 @@ from tuning import (
     lesson_over,
     patched,
 )
-
-from perfusion.core import concept, host_comfy, tune
-from perfusion.core.quick_tune import quick_tune
-from perfusion.core.tune import Diverged, Tuning, check, schedule, what_is_wrong
 
 pytestmark = pytest.mark.host
 

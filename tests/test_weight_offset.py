@@ -6,11 +6,12 @@ the full matrices; the counts and spreads for SD1.5 are the spec's own figures.
 
 import pytest
 import torch
-from offsets import SHAPES, Cast, close, linear, normal, offset_of, public, published
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from perfusion.core.weight_offset import Offset, attention, delta, fold, modulate, modulated, start
+
+from offsets import SHAPES, Cast, close, linear, normal, offset_of, public, published
 
 SD1 = {  # width: the blocks that have it
     320: ("input_blocks.1", "input_blocks.2", "output_blocks.9", "output_blocks.10", "output_blocks.11"),

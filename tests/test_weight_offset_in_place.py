@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from offsets import SHAPES, Cast, close, linear, normal, offset_of, public, published
 from torch import nn
 
 from perfusion.core.key_lock import Edit, edited
 from perfusion.core.weight_offset import Offset, check_fit, delta, fold, modulate, modulated
+
+from offsets import SHAPES, Cast, close, linear, normal, offset_of, public, published
 
 # In place, and out again
 
