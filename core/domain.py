@@ -1,8 +1,8 @@
 """Domain: what a family of things has in common, learnt once: E4T's encoder and weight offsets, and their file.
 
 The file is one .safetensors in fp16 with `encoder.<layer>.weight` and `.bias`, `offset.<attention weight>.output` and
-`.input`, and string metadata. SD1.5 with CLIP-ViT-H-14: 61 MB. It serves learning; a concept applies without it, and
-names by its hash the domain that it was learnt with.
+`.input`, and string metadata. SD1.5 with CLIP-ViT-H-14: 61 MB, and 435 MB with the public files' encoder. It serves
+learning; a concept applies without it, and names by its hash the domain that it was learnt with.
 """
 
 import hashlib
@@ -16,11 +16,13 @@ from torch import Tensor
 from .concept import BASES
 from .encoder import Encoder
 from .file import pack, unpacked, write
+from .public_encoder import PublicEncoder
 from .weight_offset import Offset
 
 FORMAT = "perfusion-domain/1"
 LARGEST = 512 * 2**20  # bytes; SDXL with ViT-bigG has some 150 MB
-TENSOR = re.compile(r"encoder\.((tower|unet)\.\d+|out\.clip_[lgh])\.(weight|bias)|offset\..+\.(output|input)")
+TENSOR = re.compile(r"encoder\.((tower|unet)(\.\d+)?|join|ln_post|out\.clip_[lgh])\.(weight|bias)|"
+                    r"offset\..+\.(output|input)")
 AGAIN = "Load another file, or train the domain again."
 
 
@@ -32,7 +34,7 @@ class Domain:
     prediction: str  # "eps" or "v"
     superclass: str  # the word that the encoder's answers are offsets of
     tower: str  # hash of the vision tower that the encoder reads
-    encoder: Encoder  # on the CPU, in fp32
+    encoder: Encoder | PublicEncoder  # on the CPU, in fp32
     offsets: dict[str, Offset]  # attention weight, by the name that files have -> its factors
     training: dict = field(default_factory=dict)
 
@@ -74,26 +76,21 @@ def parse(data: bytes, name: str) -> Domain:
     return Domain(encoder=_encoder(tensors, name), offsets=_offsets(tensors, name), **facts)
 
 
-def _encoder(tensors: dict[str, Tensor], name: str) -> Encoder:
+def _encoder(tensors: dict[str, Tensor], name: str) -> Encoder | PublicEncoder:
     """The encoder with the shapes that its own tensors have."""
     unknown = [key for key in tensors if not TENSOR.fullmatch(key)]
     bad = [key for key, t in tensors.items() if not t.is_floating_point() or not t.isfinite().all()]
     if unknown or bad:
         raise ValueError(f"'{name}' holds unknown {unknown or 'nothing'} and no numbers in {bad or 'none'}. {AGAIN}")
     state = {key.removeprefix("encoder."): t.float() for key, t in tensors.items() if key.startswith("encoder.")}
-    shapes = {key: tuple(t.shape) for key, t in state.items()}
+    kind = PublicEncoder if "ln_post.weight" in state else Encoder
     try:
-        hidden, width = shapes["tower.0.weight"]
-        layers = sum(key.startswith("tower.") for key in shapes) // 2
-        blocks = [shapes[f"unet.{k}.weight"][1] for k in range(sum(key.startswith("unet.") for key in shapes) // 2)]
-        out = {key.split(".")[1]: shape[0] for key, shape in shapes.items() if re.fullmatch(r"out\..*weight", key)}
-        if not out:
+        encoder = kind.of(state)
+        if not encoder.out:
             raise ValueError("no text encoder is answered")
-        encoder = Encoder(layers, width, blocks, out, hidden)
-        encoder.load_state_dict(state)
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"The encoder in '{name}' is damaged ({error}). {AGAIN}") from error
-    return encoder.requires_grad_(False).eval()
+    return encoder
 
 
 def _offsets(tensors: dict[str, Tensor], name: str) -> dict[str, Offset]:

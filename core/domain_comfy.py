@@ -11,9 +11,10 @@ from . import tune as tuning
 from .apply import plain
 from .concept import Concept, check_word
 from .domain import Domain
+from .encoder import Encoder
 from .host_comfy import ComfyHost, tower_of
 from .school import Schooled, Schooling, train
-from .tower import class_tokens
+from .tower import tokens_of
 from .train_domain import Course
 
 GREY = 0.5  # of what a mask leaves out
@@ -33,7 +34,7 @@ def encode_concept(domain: Domain, model, clip, vae, clip_vision, images: Tensor
     if mask is not None:
         weight = mask[..., None].expand(len(images), -1, -1, -1)
         images = images * weight + GREY * (1 - weight)
-    seen, latents = class_tokens(tower, images), host.latents(tuning.fit(images, resolution))
+    seen, latents = tokens_of(tower, images, domain.encoder.read), host.latents(tuning.fit(images, resolution))
     with host.training(latents[:1]):
         return encoding.encode(host, domain, seen.clone(), latents.clone().to(host.device), superclass.strip(), word)
 
@@ -47,7 +48,7 @@ def train_domain(model, clip, vae, clip_vision, images: Tensor, superclass: str,
     model, superclass = plain(model), superclass.strip()
     tuning.check(images, None, tuning.Tuning())
     host, tower = ComfyHost(model, clip, vae, superclass, folder, captions), tower_of(clip_vision)
-    seen, latents = class_tokens(tower, images), host.latents(tuning.fit(images, resolution))
+    seen, latents = tokens_of(tower, images, Encoder.read), host.latents(tuning.fit(images, resolution))
     done = 0
 
     def data(rows, generator):

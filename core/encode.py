@@ -9,6 +9,9 @@ The encoder answers anew at each step of E4T's sampling; a concept is constant, 
 spread evenly, each with noise of its own.
 """
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from .concept import BASES, Concept, check_word
 from .domain import Domain
 from .host import Host
 from .tune import TEMPLATES, at_the_word
-from .weight_offset import check_fit, modulate
+from .weight_offset import check_fit, modulate, modulated
 
 DRAWS = 16
 
@@ -41,33 +44,39 @@ def check(domain: Domain, base: str, prediction: str, tower: str, superclass: st
                          f"{tower[:12]}).")
 
 
+def values(host: Host, domain: Domain) -> Iterator[tuple[str, Tensor]]:
+    """Every value projection and its weight (d_out, d) under the domain's offsets, on the CPU in fp32, one by one."""
+    for name, module in host.projections.items():
+        if name.endswith("to_v"):
+            weight = module.weight.cpu()
+            yield name, modulate(weight, domain.offsets[name]) if name in domain.offsets else weight.float()
+
+
 @torch.no_grad()
 def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass: str, word: str, seed: int = 0,
            draws: int = DRAWS) -> Concept:
-    """The concept of pictures whose class tokens are `seen` (m, l, w) and whose latents are (m, c, h, w).
+    """The concept of pictures of which the domain's encoder has `read` the tokens `seen` (m, l, w) and whose latents
+    are (m, c, h, w).
 
     Raises ValueError where the domain's offsets do not fit the host's model.
     """
     check_word(word)
     check_fit(host.attention, domain.offsets)
-    vector, generator = host.embedding(superclass), torch.Generator().manual_seed(seed)
-    plain, _ = host.encode([TEMPLATES[0].replace("{}", word)], word, vector)  # as the course asks the way down
-    answers = []
-    for k in range(draws):
-        time = torch.full((len(latents),), (k + 0.5) / draws, device=latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        felt = host.features(latents, noise, time, plain.expand(len(latents), -1, -1),
-                             TEMPLATES[0].replace("{}", superclass))
-        answers.append(domain.encoder(seen, [x.cpu() for x in felt]))
+    vector, generator, encoder = host.embedding(superclass), torch.Generator().manual_seed(seed), domain.encoder
+    prompt, answers = encoder.prompt.replace("{}", superclass), []
+    with modulated(host.attention, domain.offsets) if encoder.modulated else nullcontext():
+        for k in range(draws):
+            time = torch.full((len(latents),), (k + 0.5) / draws, device=latents.device)
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            felt = host.features(latents, noise, time, prompt, encoder.places)
+            answers.append(encoder(seen, [x.cpu() for x in felt]))
     embedding = {name: e4t.embedding(vector, {name: torch.cat([a[name] for a in answers])})[name].mean(0)
                  for name in vector}
     mean = at_the_word(host, word, embedding, host.frames() or list(TEMPLATES)).cpu()
     C_inv, covariance, statistics = host.inverse_covariance()
     direction, energy = key_lock.direction(C_inv, mean)
-    outputs = {name: (modulate(module.weight.cpu(), domain.offsets[name]) if name in domain.offsets
-                      else module.weight.cpu().float()) @ mean
-               for name, module in host.projections.items() if name.endswith("to_v")}
     return Concept(base=host.base, prediction=host.prediction, superclass=superclass, word=word, embedding=embedding,
-                   target_input=mean, key_input=mean, direction=direction.float(), target_output=outputs,
+                   target_input=mean, key_input=mean, direction=direction.float(),
+                   target_output={name: weight @ mean for name, weight in values(host, domain)},
                    energy=energy, covariance=covariance, domain=domain.hash,
                    training=statistics | {"steps": 0, "pictures": len(latents), "draws": draws})

@@ -15,6 +15,7 @@ SD1.5 with CLIP-ViT-H-14: 16 class tokens of 1280, 4 blocks, 31.7 M numbers, 61 
 Letters: b batch · l layers kept of the tower · w its width · d of each text encoder.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -30,6 +31,10 @@ SLOPE = 0.1  # of LeakyReLU, as in yoctta's
 class Encoder(nn.Module):
     """`layers` class tokens of `width`, UNet blocks of widths `blocks`, and `embeddings`: d by text encoder."""
 
+    # What it reads of the UNet: asked with this prompt ({} the superclass word), at which places (see Host.features),
+    # and whether with the weight offsets.
+    prompt, places, modulated = "a photo of a {}", "levels", False
+
     def __init__(self, layers: int, width: int, blocks: Sequence[int], embeddings: Mapping[str, int],
                  hidden: int = HIDDEN):
         super().__init__()
@@ -39,6 +44,23 @@ class Encoder(nn.Module):
         for layer in self.out.values():
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> "Encoder":
+        """The encoder that has these tensors. Raises KeyError, ValueError or RuntimeError where they are none."""
+        hidden, width = state["tower.0.weight"].shape
+        layers, levels = (sum(key.startswith(part) for key in state) // 2 for part in ("tower.", "unet."))
+        blocks = [state[f"unet.{k}.weight"].shape[1] for k in range(levels)]
+        out = {key.split(".")[1]: len(t) for key, t in state.items() if re.fullmatch(r"out\..*weight", key)}
+        with torch.device("meta"):
+            encoder = cls(layers, width, blocks, out, hidden)
+        encoder.load_state_dict(state, assign=True)
+        return encoder.requires_grad_(False).eval()
+
+    @staticmethod
+    def read(states: Sequence[Tensor]) -> Tensor:
+        """f (b, l, w) of a tower's hidden states (b, n, w) after each layer."""
+        return torch.stack([x[:, 0] for x in states[1::2]], 1)
 
     def forward(self, seen: Tensor, felt: Sequence[Tensor]) -> dict[str, Tensor]:
         """E (b, d) for each text encoder, of a tower's class tokens (b, l, w) and pooled blocks, each (b, w_k)."""

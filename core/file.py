@@ -21,7 +21,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.dumps({"__metadata__": metadata} | json.loads(data[8:end]), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + data[end:]
+    return struct.pack("<Q", len(header)) + header + memoryview(data)[end:]  # a slice of bytes would be a copy
 
 
 def unpacked(data: bytes, name: str, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -98,13 +98,15 @@ def checkpointed(diffusion_model):
                 block.forward = forward
 
 
-def down_blocks(diffusion_model) -> list[torch.nn.Module]:
-    """What each level of the way down ends with: the layer that halves the picture, and the last block's last layer.
+def way_down(diffusion_model, places: str) -> list[torch.nn.Module]:
+    """What answers at the `places` of `Host.features`, in the order in which it does.
 
-    Layers, because the host calls these itself and never a block.
+    The last layer of each block, because the host calls layers itself and never a block.
     """
     layers = [block[-1] for block in diffusion_model.input_blocks]
-    return [layer for layer in layers if type(layer).__name__ == "Downsample"] + layers[-1:]
+    if places == "levels":
+        return [layer for layer in layers if type(layer).__name__ == "Downsample"] + layers[-1:]
+    return [*layers, diffusion_model.middle_block[-1]]
 
 
 @contextmanager
@@ -134,7 +136,7 @@ class ComfyHost:
         self.prediction = "v" if isinstance(model.get_model_object("model_sampling"), V_PREDICTION) else "eps"
         self.device = model.load_device
         self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
-        self.pooled = {}  # prompt -> what SDXL adds to the time embedding
+        self.answers = {}  # prompt of plain words -> its encodings, and what SDXL adds to the time embedding
 
     @contextmanager
     def training(self, latents: Tensor):
@@ -207,17 +209,22 @@ class ComfyHost:
         self.text.set_clip_options({"execution_device": self.clip.patcher.load_device})
         return self.text.encode_token_weights(tokens)
 
+    @torch.no_grad()
+    def plain(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Encodings (1, n, d) of a prompt of plain words, and its pooled answer, kept for the next time."""
+        if prompt not in self.answers:
+            context, pooled, *_ = self.answer(self.clip.tokenize(prompt))
+            self.answers[prompt] = context.to(self.device), pooled
+        return self.answers[prompt]
+
     def errors(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> Tensor:
         model, b = self.patcher.model, len(latents)
         sampling = model.model_sampling
-        if prompt not in self.pooled:
-            with torch.no_grad():
-                self.pooled[prompt] = self.answer(self.clip.tokenize(prompt))[1]
         # noise levels by the host's own schedule: a distilled or continuous one counts its steps otherwise
         sigma = torch.tensor([sampling.percent_to_sigma(1 - t) for t in time.tolist()]).to(latents).clamp_min(0.01)
         x = sampling.noise_scaling(sigma, noise, latents)
         conds = model.extra_conds(
-            cross_attn=context, pooled_output=self.pooled[prompt], noise=x, latent_image=latents, device=x.device,
+            cross_attn=context, pooled_output=self.plain(prompt)[1], noise=x, latent_image=latents, device=x.device,
             width=x.shape[3] * 8, height=x.shape[2] * 8, prompt_type="positive",
         )
         conds = {name: c.process_cond(batch_size=b, area=None, device=x.device).cond for name, c in conds.items()}
@@ -229,8 +236,9 @@ class ComfyHost:
         return weight.view(b, 1, 1, 1) * (denoised - latents) ** 2
 
     @torch.no_grad()
-    def features(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> list[Tensor]:
-        with pooled_answers(down_blocks(self.patcher.model.diffusion_model)) as found:
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor, prompt: str, places: str) -> list[Tensor]:
+        context = self.plain(prompt)[0].expand(len(latents), -1, -1)
+        with pooled_answers(way_down(self.patcher.model.diffusion_model, places)) as found:
             self.errors(latents, noise, time, context, prompt)
         return found
 

@@ -7,7 +7,6 @@ Noise levels are ComfyUI's, in their logarithm linear between the schedule's; th
 Letters: b batch · n tokens · d text width · m pictures · c h w latent · j concepts.
 """
 
-import re
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,6 +31,7 @@ from .fingerprint import fingerprint
 from .joint_edit import JointEdit, check_fit
 from .key_lock import edited
 from .prompt_diffusers import Encoders, Token, pooled, read, superclass_ids, text_weights, tokenise
+from .unet_names import comfy_name
 
 FAMILIES = {768: "sd1", 1024: "sd2", 128: "creature"}  # by the width of the text that the UNet reads
 ENCODERS = {"sd1": ["clip_l"], "creature": ["clip_l"], "sd2": ["clip_h"], "sdxl": ["clip_l", "clip_g"]}
@@ -74,23 +74,24 @@ def base_of(pipe) -> str:
 
 
 def attention(unet) -> dict[str, torch.nn.Module]:
-    """Every `to_q`, `to_k` and `to_v` of a UNet by the name that ComfyUI has for it (SD1.5: 96, SDXL: 420).
-
-    ComfyUI counts through all blocks: conv_in, then a level's layers and what halves it, or its one layer more.
-    """
-    per_level, found = unet.config.layers_per_block + 1, {}
-    for name, module in weight_offset.attention(unet).items():
-        side, level, layer, rest = re.fullmatch(
-            r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)", name).groups()
-        k = per_level * int(level or 0) + int(layer)
-        place = {"down": f"input_blocks.{k + 1}", "mid": "middle_block", "up": f"output_blocks.{k}"}[side]
-        found[f"{place}.1.{rest}"] = module
-    return found
+    """Every `to_q`, `to_k` and `to_v` of a UNet by the name that ComfyUI has for it (SD1.5: 96, SDXL: 420)."""
+    layers = unet.config.layers_per_block
+    return {comfy_name(name, layers): module for name, module in weight_offset.attention(unet).items()}
 
 
 def projections(unet) -> dict[str, torch.nn.Module]:
     """Every cross-attention `to_k` and `to_v` (SD1.5: 32, SDXL: 140); see `attention`."""
     return {name: module for name, module in attention(unet).items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+
+
+def way_down(unet, places: str) -> list[torch.nn.Module]:
+    """What answers at the `places` of `Host.features`, in the order in which it does."""
+    if places == "levels":
+        return list(unet.down_blocks)
+    layers = [unet.conv_in]
+    for block in unet.down_blocks:
+        layers += [*getattr(block, "attentions", block.resnets), *(block.downsamplers or ())]
+    return [*layers, unet.mid_block]
 
 
 def encoders(pipe) -> Encoders:
@@ -168,7 +169,7 @@ class DiffusersHost:
         self.projections, self.attention = projections(pipe.unet), attention(pipe.unet)
         alphas = pipe.scheduler.alphas_cumprod.double().clamp_min(DARKEST)
         self.log_sigmas = ((1 - alphas) / alphas).log() / 2
-        self.pooled = {}  # prompt -> what SDXL adds to the time embedding
+        self.answers = {}  # prompt of plain words -> its encodings, and what SDXL adds to the time embedding
 
     @contextmanager
     def training(self, latents: Tensor):
@@ -219,13 +220,19 @@ class DiffusersHost:
                                  "only {} where the word goes.")
         return x.float().to(self.device), marks.argmax(1)
 
+    @torch.no_grad()
+    def plain(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        """Encodings (1, n, d) of a prompt of plain words, and for SDXL its pooled answer, kept for the next time."""
+        if prompt not in self.answers:
+            context = read(self.encoders, [prompt], {})[0].float().to(self.device)
+            self.answers[prompt] = context, pooled(self.encoders, [prompt], {}) if self.base == "sdxl" else None
+        return self.answers[prompt]
+
     def errors(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> Tensor:
         b, more = len(latents), {}
         if self.base == "sdxl":
-            if prompt not in self.pooled:
-                self.pooled[prompt] = pooled(self.encoders, [prompt], {})
             size = (side * self.pipe.vae_scale_factor for side in latents.shape[2:])
-            more = added(self.pooled[prompt].expand(b, -1), *size)
+            more = added(self.plain(prompt)[1].expand(b, -1), *size)
         k = time.double().cpu() * (len(self.log_sigmas) - 1)
         log_sigma = self.log_sigmas[k.floor().long()].lerp(self.log_sigmas[k.ceil().long()], k.frac())
         nearest = (log_sigma[:, None] - self.log_sigmas).abs().argmin(1).to(self.device)
@@ -237,8 +244,9 @@ class DiffusersHost:
         return (found.float() - target) ** 2
 
     @torch.no_grad()
-    def features(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor, prompt: str) -> list[Tensor]:
-        with pooled_answers(self.pipe.unet.down_blocks) as found:
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor, prompt: str, places: str) -> list[Tensor]:
+        context = self.plain(prompt)[0].expand(len(latents), -1, -1)
+        with pooled_answers(way_down(self.pipe.unet, places)) as found:
             self.errors(latents, noise, time, context, prompt)
         return found
 

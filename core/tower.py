@@ -1,10 +1,10 @@
-"""The vision tower that the encoder reads: the class token after every second layer of a CLIP vision model.
+"""The vision tower that an encoder reads: the hidden states of a CLIP vision model, of which it takes some tokens.
 
 ComfyUI's CLIP_VISION and transformers' CLIPVisionModel answer with the same numbers here: both get pictures from
 `prepare`, which crops to the middle square and scales as ComfyUI does, without its rounding to bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Tower:
 
     size: int  # pixels a side
     hash: str
-    states: Callable[[Tensor], list[Tensor]]
+    states: Callable[[Tensor], Sequence[Tensor]]
 
 
 def middle(images: Tensor, side: int) -> Tensor:
@@ -43,11 +43,9 @@ def prepare(images: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def class_tokens(tower: Tower, images: Tensor) -> Tensor:
-    """f (m, l, w) in fp32 of pictures (m, H, W, 3) in 0..1."""
-    found = [torch.stack([x[:, 0] for x in tower.states(part)[1::2]], 1).float().cpu()
-             for part in prepare(images, tower.size).split(AT_ONCE)]
-    return torch.cat(found)
+def tokens_of(tower: Tower, images: Tensor, read: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+    """What an encoder's `read` takes (m, l, w), in fp32, of pictures (m, H, W, 3) in 0..1."""
+    return torch.cat([read(tower.states(part)).float().cpu() for part in prepare(images, tower.size).split(AT_ONCE)])
 
 
 def hash_of(state: Mapping[str, Tensor]) -> str:

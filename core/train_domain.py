@@ -34,7 +34,6 @@ class Course(nn.Module):
         super().__init__()
         self.host, self.superclass, self.penalty = host, superclass, penalty
         self.vector = host.embedding(superclass)
-        self.plain = None  # the encoding that the way down is asked with, once it is known
         x = latents[:1].float().to(host.device)
         blocks = [g.shape[1] for g in self.features(x, torch.zeros_like(x), torch.tensor([0.5], device=x.device))]
         with torch.random.fork_rng(devices=[]):
@@ -51,12 +50,8 @@ class Course(nn.Module):
 
     def features(self, latents: Tensor, noise: Tensor, time: Tensor) -> list[Tensor]:
         """F of latents (b, c, h, w) with noise at times (b)."""
-        prompt = TEMPLATES[0].replace("{}", WORD)
-        if self.plain is None:
-            with torch.no_grad():
-                self.plain, _ = self.host.encode([prompt], WORD, self.vector)
-        context = self.plain.expand(len(latents), -1, -1)
-        return self.host.features(latents, noise, time, context, prompt.replace(WORD, self.superclass))
+        prompt = e4t.Encoder.prompt.replace("{}", self.superclass)
+        return self.host.features(latents, noise, time, prompt, e4t.Encoder.places)
 
     def modulated(self):
         """The model with the offsets as they are, for as long as this is open; see `weight_offset.modulated`."""
@@ -78,12 +73,7 @@ class Course(nn.Module):
 
     def domain(self, tower: str, training: dict) -> Domain:
         """What was learnt by now, as a copy on the CPU. `tower` is its hash."""
-        encoder = e4t.Encoder(len(self.encoder.tower), self.encoder.tower[0].in_features,
-                              [layer.in_features for layer in self.encoder.unet],
-                              {name: layer.out_features for name, layer in self.encoder.out.items()},
-                              self.encoder.tower[0].out_features)
-        encoder.load_state_dict({name: t.detach().cpu().float() for name, t in self.encoder.state_dict().items()})
+        encoder = e4t.Encoder.of({name: t.cpu().float().clone() for name, t in self.encoder.state_dict().items()})
         offsets = {name: Offset(*(t.detach().cpu().float().clone() for t in offset))
                    for name, offset in self.offsets.items()}
-        return Domain(self.host.base, self.host.prediction, self.superclass, tower,
-                      encoder.requires_grad_(False).eval(), offsets, training)
+        return Domain(self.host.base, self.host.prediction, self.superclass, tower, encoder, offsets, training)

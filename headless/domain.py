@@ -21,9 +21,10 @@ from core import domain as domains
 from core import host_diffusers
 from core import tune as tuning
 from core.encode import encode
+from core.encoder import Encoder
 from core.file import pack, write
 from core.school import Schooling, train
-from core.tower import Tower, class_tokens, hash_of, middle
+from core.tower import Tower, hash_of, middle, tokens_of
 from core.train_domain import WORD, Course
 
 from . import pictures
@@ -74,7 +75,7 @@ def seen(folder: Path, work: Path, host, tower: Tower, resolution: int, say=prin
         for k, path in enumerate(paths):
             picture = square(pictures.read(path), resolution)
             latents.append(host.latents(picture).half().cpu())
-            tokens.append(class_tokens(tower, picture).half())
+            tokens.append(tokens_of(tower, picture, Encoder.read).half())
             say(f"\rpictures read, once: {k + 1} of {len(paths)}", end="\n" * (k + 1 == len(paths)), flush=True)
         write(kept, pack({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, {}))
     stored = safetensors.torch.load_file(kept)

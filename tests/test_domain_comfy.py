@@ -12,9 +12,10 @@ from perfusion.core import domain as domains
 from perfusion.core import domain_comfy
 from perfusion.core.concept import dump
 from perfusion.core.domain import parse
+from perfusion.core.encoder import Encoder
 from perfusion.core.host_comfy import tower_of
 from perfusion.core.school import Schooling
-from perfusion.core.tower import Tower, class_tokens, hash_of
+from perfusion.core.tower import Tower, hash_of, tokens_of
 
 pytestmark = pytest.mark.host
 
@@ -69,7 +70,8 @@ def test_class_tokens_and_hash_are_those_of_transformers(towers):
     vision, theirs = towers
     ours = tower_of(vision)
     assert ours.size == theirs.size and ours.hash == theirs.hash
-    torch.testing.assert_close(class_tokens(ours, PICTURES), class_tokens(theirs, PICTURES), atol=1e-4, rtol=1e-4)
+    found = [tokens_of(tower, PICTURES, Encoder.read) for tower in (ours, theirs)]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

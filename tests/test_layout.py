@@ -12,7 +12,8 @@ LONGEST = 400  # lines
 
 COMFY = {"host_comfy", "prompt", "apply", "demo_comfy"}  # files of core that may import ComfyUI's library
 UPON = {"quick_tune", "domain_comfy"}  # what stands upon these, for ComfyUI's nodes
-ALONE = {"key_lock", "weight_offset", "encoder"}  # files of core that import torch only, never each other
+# files of core that import torch only, never each other
+ALONE = {"key_lock", "weight_offset", "encoder", "public_encoder", "openclip"}
 SERVER = {"folder_paths", "server", "comfy_api", "comfy_execution", "execution", "comfy_extras", "nodes"}
 ROOMS = {"core", "nodes", "headless", "bench", "demo", "web", "tests"}
 

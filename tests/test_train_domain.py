@@ -9,14 +9,19 @@ from perfusion.core import host_diffusers as hd
 from perfusion.core import key_lock
 from perfusion.core.concept import dump, parse
 from perfusion.core.encode import encode
+from perfusion.core.encoder import Encoder
 from perfusion.core.host_diffusers import DiffusersHost
-from perfusion.core.tower import Tower, class_tokens, hash_of, prepare
+from perfusion.core.tower import Tower, hash_of, prepare, tokens_of
 from perfusion.core.train_domain import Course
 from perfusion.core.tune import TEMPLATES, Tuning, tune
 from perfusion.core.weight_offset import delta, modulate
 
 CREATURE, MIMI = "creature", "<mimi>"
 HIDDEN = 32
+
+
+def class_tokens(tower, images):
+    return tokens_of(tower, images, Encoder.read)
 
 
 @pytest.fixture(scope="module")
