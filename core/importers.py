@@ -4,8 +4,7 @@ Two programs published a format; both are pickles that torch.save wrote.
     .ckpt  ChenDarYen/Key-Locked-Rank-One-Editing: projections by name, o* a table (77, d_out), one row per position
     .pt    lucidrains/perfusion-pytorch: no names; i* (j, d) and o* (j, d_out) per projection, in order of registration
 
-They are never unpickled freely: the classes that a file names are compared with a short list before it is read, the few
-that only carry settings become inert stand-ins, and torch.load reads the rest with weights_only.
+How they are read, with none of their code run, is in `foreign`.
 
 Lossy, and said in the notes that come with the concept: 77 rows become one; the stored key outputs W e cannot be turned
 back into a text encoding e without W, so the keys are locked to i*, which started there; the base is told from the
@@ -13,20 +12,18 @@ width; neither file stores a gate; the covariance is the file's own, so the conc
 """
 
 import hashlib
-import io
-import pickletools
-import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .concept import BASES, Concept, check_word, dump, parse
+from .foreign import read, readable
 from .key_lock import direction
 
 LDM, PARTS = "ChenDarYen .ckpt", "lucidrains .pt"
-LARGEST, LARGEST_PICKLE = 64 * 2**20, 2**20  # bytes; a .ckpt for SD2.1 has 12 MB, its pickle some 20 KB
+KIND = "a concept (.ckpt or .pt) of a Perfusion program"
+LARGEST = 64 * 2**20  # bytes; a .ckpt for SD2.1 has 12 MB
 TEXT = {768: ("sd1", "clip_l"), 1024: ("sd2", "clip_h")}  # width of text encodings -> base, text encoder
 POSITIONS = {4: 4, 5: 2, 6: 2, 2: 1}  # row of o* -> how many of the nine training templates put the concept there
 VALUE = "transformer_blocks.0.attn2.to_v"  # below its block
@@ -36,66 +33,6 @@ WIDTHS = {f"input_blocks.{n}.1": w for n, w in ((1, 320), (2, 320), (4, 640), (5
 WIDTHS |= {"middle_block.1": 1280}
 WIDTHS |= {f"output_blocks.{n}.1": 1280 if n < 6 else 640 if n < 9 else 320 for n in range(3, 12)}
 ORDERS = {"LDM": list(WIDTHS), "diffusers": sorted(WIDTHS, key=lambda b: b == "middle_block.1")}  # the middle last
-TENSORS = {"collections.OrderedDict", "builtins.set", "torch._utils._rebuild_parameter",
-           "torch._utils._rebuild_tensor_v2"} | {f"torch.{t}Storage" for t in ("Float", "Half", "BFloat16", "Double")}
-# What one list of omegaconf drags along: the whole configuration that it was part of, and its fields' types.
-SETTINGS = {"torch.nn.modules.container.ParameterDict", "collections.defaultdict", "typing.Any", "typing.Dict",
-            "typing.List"} | {f"builtins.{t}" for t in ("dict", "list", "int", "str", "float", "bool")}
-PYTHON_2 = {"__builtin__.long": "builtins.int", "__builtin__.unicode": "builtins.str"}  # in torch.save's protocol
-
-
-def _stand_in(name: str) -> type:
-    """A class that takes this one's place while reading: it keeps in `__dict__` what was stored, and does nothing."""
-    module, _, own = name.rpartition(".")
-    return type(own, (), {"__module__": module, "__init__": lambda self, *_: None})
-
-
-@contextmanager
-def _readable(name: str, *errors):
-    try:
-        yield
-    except errors as error:
-        raise ValueError(f"'{name}' cannot be read as a Perfusion concept ({type(error).__name__}). It is damaged or "
-                         "another kind of file: fetch it again, or choose another.") from error
-
-
-def _classes(data: bytes, name: str) -> set[str]:
-    """The classes that the file's pickle names; none of them is looked up."""
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(data))
-    except Exception as error:  # hostile bytes make a reader raise anything
-        raise ValueError(f"'{name}' ({len(data) / 1024:.0f} KB) is not a whole archive of torch.save. Fetch it again "
-                         "in case it was cut short, or choose a .ckpt or .pt of a Perfusion program.") from error
-    pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
-    if sum(e.file_size for e in archive.infolist()) > LARGEST or sum(e.file_size for e in pickles) > LARGEST_PICKLE:
-        raise ValueError(f"'{name}' unpacks to far more than a Perfusion concept holds, so it was not read. It is "
-                         "another kind of file, or was made to do harm: choose another.")
-    with _readable(name, Exception):
-        raw = {arg.replace(" ", ".") for e in pickles for op, arg, _ in pickletools.genops(archive.read(e))
-               if op.name == "GLOBAL"}
-    return {PYTHON_2.get(n, n.replace("__builtin__.", "builtins.")) for n in raw}
-
-
-def read(path) -> dict:
-    """What a foreign file holds: tensors on the CPU, stand-ins for settings; none of its code runs. Or a ValueError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}'. Give the path of a .ckpt or .pt that a Perfusion program saved.")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"'{path.name}' has {path.stat().st_size / 2**20:.0f} MB, a Perfusion concept about ten. "
-                         "This is another kind of file: choose the concept, not the model that it was made with.")
-    data = path.read_bytes()
-    classes = _classes(data, path.name)
-    settings = {n for n in classes if n in SETTINGS or n.startswith("omegaconf.")}
-    if strangers := sorted(classes - TENSORS - settings):
-        raise ValueError(f"'{path.name}' asks for {', '.join(strangers)[:200]}, which no Perfusion concept needs and "
-                         "which could run code. Nothing was run; do not open this file with other programs either.")
-    with _readable(path.name, Exception), torch.serialization.safe_globals([_stand_in(n) for n in settings]):
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError(f"'{path.name}' holds a {type(state).__name__}, not a dict of tensors. Choose a .ckpt or .pt "
-                         "that a Perfusion program saved.")
-    return state
 
 
 def _tensor(value, shape: tuple, what: str) -> Tensor:
@@ -189,8 +126,8 @@ def from_parts(state: dict, word: str, superclass: str, index: int = 0) -> tuple
 
 def convert(path, word: str, superclass: str = "", index: int = 0) -> tuple[Concept, list[str]]:
     """The concept in another Perfusion program's file, and plain notes on what was lost. Raises ValueError."""
-    name, state = Path(path).name, read(path)
-    with _readable(name, KeyError, IndexError, TypeError, AttributeError):
+    name, state = Path(path).name, read(path, KIND, LARGEST)
+    with readable(name, KIND, KeyError, IndexError, TypeError, AttributeError):
         if "key_value_params" in state:
             return from_parts(state, word, superclass, index)
         if "target_output" in state:

@@ -201,10 +201,15 @@ def what_is_wrong(losses: list[float], window: int = 5) -> str:
 
 
 @torch.no_grad()
-def at_the_word(host: Host, word: str, embedding: dict[str, Tensor], frames: list[str]) -> Tensor:
-    """The mean encoding (d) of a word, with this embedding, in frames, which have {} where it goes."""
+def each_at_the_word(host: Host, word: str, embedding: dict[str, Tensor], frames: list[str]) -> Tensor:
+    """The encodings (p, d) of a word, with this embedding, in p frames, which have {} where it goes."""
     context, at = host.encode([frame.replace("{}", word) for frame in frames], word, embedding)
-    return context[torch.arange(len(at)), at].mean(0).float()
+    return context[torch.arange(len(at)), at].float()
+
+
+def at_the_word(host: Host, word: str, embedding: dict[str, Tensor], frames: list[str]) -> Tensor:
+    """The mean (d) of `each_at_the_word`."""
+    return each_at_the_word(host, word, embedding, frames).mean(0)
 
 
 class Lesson:

@@ -7,22 +7,14 @@ cannot do it raises as a ValueError or OSError with a sentence; that goes to std
 import argparse
 import sys
 
-from core import concept, importers
 from core.school import Schooling
 from core.tune import Tuning
 
 from .comfy import ROOT, serve
+from .convert import convert
 from .demo import demo
 from .domain import train_domain
-from .learn import apply, target, tune
-
-
-def convert(arguments):
-    """Turn a concept file of another Perfusion program (.ckpt, .pt) into this pack's .safetensors."""
-    out = target(arguments)
-    learned, notes = importers.convert(arguments.file, arguments.word, arguments.superclass, arguments.index)
-    concept.save(learned, out)
-    print(*notes, f"{out} ({out.stat().st_size / 1024:.0f} KB)", sep="\n")
+from .learn import apply, tune
 
 
 def comfy(arguments):
@@ -88,10 +80,13 @@ COMMANDS = {
     ),
     comfy: (option("--port", type=int, default=8188, help="default 8188"),),
     convert: (
-        option("file", help="a .ckpt of ChenDarYen's program or a .pt of perfusion-pytorch"),
-        option("--word", required=True, help='the concept\'s word in prompts, in angle brackets: "<teddy>"'),
+        option("file", help="a .ckpt of ChenDarYen's program, a .pt of perfusion-pytorch, a folder of e4t-diffusion"),
+        option("--word", default="", help='the concept\'s word in prompts, in angle brackets: "<teddy>"'),
         option("--superclass", default="", help="the plain word for its kind, where the file does not say it: teddy"),
         option("--index", type=int, default=0, help="which concept, of a .pt that holds several (default 0)"),
+        option("--model", help="of a tuned folder: the diffusers folder of the base that it was tuned from"),
+        option("--picture", help="of a tuned folder: the picture that it was tuned on, its domain.png"),
+        option("--tower", help="of a tuned folder: a folder of the CLIP vision model, CLIP-ViT-H-14"),
         option("--out", default=".", help="a .safetensors file, or a folder for one named after the word (default .)"),
     ),
 }

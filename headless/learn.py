@@ -32,10 +32,10 @@ def open_model(path):
     return pipe, FOLDER
 
 
-def target(arguments) -> Path:
-    """The file that --out and --word ask for. Raises ValueError where there is one already."""
-    out = Path(arguments.out)
-    out = out if out.suffix == ".safetensors" else out / f"{arguments.word.strip('<>')}.safetensors"
+def target(out, name: str) -> Path:
+    """The file that --out asks for, of this name where that is a folder. Raises ValueError where there is one."""
+    out = Path(out)
+    out = out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
     if out.exists():
         raise ValueError(f"'{out}' is there already, and was left as it is. Move it, or name another file with --out.")
     return out
@@ -54,7 +54,7 @@ def captions(done, total):
 
 def tune(arguments):
     """Learn a concept from one or several pictures of one thing."""
-    out = target(arguments)
+    out = target(arguments.out, arguments.word.strip("<>"))
     images = [pictures.read(path) for path in arguments.pictures]
     sizes = {picture.shape[1:3] for picture in images}
     if len(sizes) > 1:
