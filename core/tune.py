@@ -8,7 +8,7 @@ the word's similarity in longer prompts is .41 in the median instead of .95 and 
 
     e = encode(templates(v*))             once per step, one backward through the text encoder
     for each of the batch: loss = Σ m (ε̂ − ε)² / Σ m     gradients add up; memory is that of one picture
-    AdamW: {o*: lr .1}, {v*: lr .002}     no weight decay; the paper has .03 and .006
+    AdamW: {o*: lr .3}, {v*: lr .002}     no weight decay; the paper has .03 and .006
 
 With the paper's rates more is learnt by the embedding, which reaches every later word and learns what else is in the
 picture; values act at the word alone. Figures are in bench/research.md.
@@ -43,12 +43,12 @@ GOLDEN = 0.6180339887498949
 class Tuning:
     """Settings of one tune."""
 
-    steps: int = 150
+    steps: int = 50
     batch: int = 4
     seed: int = 0
     resolution: int = 512  # pixels: the square root of the area that a picture is scaled to
     mirror: bool = False
-    learning_rate: float = 0.1  # of the value outputs
+    learning_rate: float = 0.3  # of the value outputs
     embedding_learning_rate: float = 0.002
     templates: tuple[str, ...] = TEMPLATES
 
