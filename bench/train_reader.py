@@ -20,7 +20,7 @@ SHARDS, STEPS, BATCH, LR = 40, 6000, 48, 1.5e-3
 SHARES = torch.tensor([.4, .3, .3])  # of the superclasses
 
 
-def _factor_loss(superclass, raw, identity):
+def factor_loss(superclass, raw, identity):
     """The mean loss of the raw factors (n, e) of subjects of one superclass."""
     total = 0
     true = embed(superclass, identity)
@@ -60,7 +60,7 @@ def loss(reader, data):
         for k, name in enumerate(world.SUPERCLASSES):
             of = (kinds == k).nonzero()[:, 0]
             if len(of):
-                part = _factor_loss(name, raw[of, 3 + k * BELIEF:3 + (k + 1) * BELIEF], who[of])
+                part = factor_loss(name, raw[of, 3 + k * BELIEF:3 + (k + 1) * BELIEF], who[of])
                 factors = factors + part * len(of) / len(kinds)
         kind = F.cross_entropy(raw[:, :3], kinds)
         columns = sum(F.cross_entropy(part, context[:, k]) for k, part in zip(NAMED, scene.split(VALUES, 1)))

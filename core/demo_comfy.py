@@ -1,8 +1,9 @@
-"""The demo's miniature of Stable Diffusion as ComfyUI's MODEL, CLIP and VAE.
+"""The demo's miniature of Stable Diffusion as ComfyUI's MODEL, CLIP, VAE and CLIP_VISION.
 
-Its files are a diffusers folder (unet, vae, text_encoder, tokenizer). The host's loaders know checkpoints by their
-shapes, and not this one; what they build for one they know is built here from the same classes, and no table of the
-host learns of it. Of the text encoder's 49,408 rows the file holds those of the tokenizer's words, then start and end.
+Its files are a diffusers folder (unet, vae, text_encoder, tokenizer) with a vision tower (vision) beside them. The
+host's loaders know checkpoints by their shapes, and not this one; what they build for one they know is built here from
+the same classes, and no table of the host learns of it. Of the text encoder's 49,408 rows the file holds those of the
+tokenizer's words, then start and end.
 """
 
 import json
@@ -14,6 +15,7 @@ import comfy.model_management as memory
 import comfy.model_patcher
 import safetensors.torch
 import torch
+from comfy.clip_vision import ClipVisionModel
 from comfy.model_base import ModelType
 from comfy.sd import CLIP, VAE
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDTokenizer
@@ -32,7 +34,7 @@ def read(path: Path) -> dict:
         return json.loads(path.read_bytes()) if path.suffix == ".json" else safetensors.torch.load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"The demo model is a folder with unet, vae, text_encoder and tokenizer, and its file {path} is "
+            f"The demo model is a folder with unet, vae, text_encoder, tokenizer and vision, and its file {path} is "
             f"{'damaged' if path.exists() else 'missing'}. Restore the folder from the pack's repository, large files "
             "included."
         ) from error
@@ -134,6 +136,16 @@ def load_vae(folder: Path) -> VAE:
     return VAE(sd=state)
 
 
+def load_vision(folder: Path) -> ClipVisionModel:
+    """The vision tower. What projects its answer to meet text is not kept, and is no more than a cut here."""
+    config, stored = read(folder / "vision/config.json"), read(folder / "vision/model.safetensors")
+    vision = ClipVisionModel(str(folder / "vision/config.json"))
+    state = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in stored.items()}
+    state["visual_projection.weight"] = torch.eye(config["projection_dim"], config["hidden_size"])
+    vision.load_sd(state)
+    return vision
+
+
 def load(folder) -> tuple:
-    """(MODEL, CLIP, VAE) of a miniature's folder. Raises ValueError where a file of it is absent or damaged."""
-    return tuple(part(Path(folder)) for part in (load_model, load_clip, load_vae))
+    """(MODEL, CLIP, VAE, CLIP_VISION) of a miniature's folder. Raises ValueError where a file is absent or damaged."""
+    return tuple(part(Path(folder)) for part in (load_model, load_clip, load_vae, load_vision))

@@ -24,6 +24,7 @@ class DemoModel(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="The small diffusion model."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder, of a few hundred words."),
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
+                io.ClipVision.Output(display_name="clip_vision", tooltip="Its vision model, for Encode Concept."),
             ],
         )
 

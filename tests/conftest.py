@@ -52,7 +52,7 @@ def miniature():
     """Writes a random miniature of Stable Diffusion and captions of its world into a folder, and returns that."""
     import torch
 
-    from perfusion.bench import mini_models
+    from perfusion.bench import mini_models, mini_tower
 
     def write(folder, captions, scaling_factor=0.7):
         torch.manual_seed(0)
@@ -60,6 +60,7 @@ def miniature():
         for p in (p for network in networks.values() for p in network.parameters() if p.ndim == 1):
             p.data += 0.1 * torch.randn_like(p)  # fresh norms are all alike, and answers that sum to 0 span no space
         mini_models.save(folder, **networks, scaling_factor=scaling_factor)
+        mini_tower.build().half().save_pretrained(folder / "vision")
         (folder / "captions.txt").write_text("\n".join(captions), encoding="utf-8")
         return folder
 

@@ -6,11 +6,15 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPVisionModel
 
 from perfusion.bench import mini_models, world
 from perfusion.core import apply as applying
 from perfusion.core import demo_comfy
+from perfusion.core.encoder import Encoder
+from perfusion.core.host_comfy import tower_of
 from perfusion.core.quick_tune import quick_tune
+from perfusion.core.tower import Tower, hash_of, tokens_of
 from perfusion.core.tune import Tuning
 
 pytestmark = pytest.mark.host
@@ -71,7 +75,7 @@ def test_the_text_encoder_reads_padded_prompts_as_transformers_does(folder, load
 
 @torch.inference_mode()
 def test_the_vae_makes_and_reads_the_latents_of_the_files(folder, loaded):
-    model, _, vae = loaded
+    model, _, vae, _ = loaded
     theirs = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     pixels = random(1, 64, 48, 3)
     latents = theirs.encode(pixels.movedim(-1, 1) * 2 - 1).latents
@@ -84,10 +88,23 @@ def test_the_vae_makes_and_reads_the_latents_of_the_files(folder, loaded):
     torch.testing.assert_close(vae.decode(model.model.process_latent_out(z)), picture, atol=1e-4, rtol=1e-4)
 
 
+@torch.inference_mode()
+def test_the_vision_tower_reads_what_transformers_reads(folder, loaded):
+    pictures = random(3, 128, 96, 3)
+    model = CLIPVisionModel.from_pretrained(folder / "vision", torch_dtype=torch.float32)
+    ours, theirs = tower_of(loaded[3]), Tower(
+        128, hash_of(model.state_dict()), lambda x: model(x, output_hidden_states=True).hidden_states[1:])
+    assert ours.hash == theirs.hash and ours.size == 128
+    a, b = (tokens_of(tower, pictures, Encoder.read) for tower in (ours, theirs))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    embeds = loaded[3].encode_image(pictures)["image_embeds"]
+    assert embeds.shape == (3, 128) and embeds.isfinite().all()
+
+
 def test_stock_nodes_make_a_picture_of_it(loaded):
     import nodes
 
-    model, clip, vae = loaded
+    model, clip, vae, _ = loaded
     with torch.inference_mode():
         positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (PROMPTS[1], ""))
         empty = nodes.EmptyLatentImage().generate(128, 96)[0]
@@ -107,7 +124,7 @@ class Watch:
 
 
 def test_a_tune_learns_under_the_captions_of_the_folder_and_leaves_the_model_as_it_was(folder, loaded, tmp_path):
-    model, clip, vae = loaded
+    model, clip, vae, _ = loaded
     before = weights(model, clip.patcher)
     with torch.inference_mode():
         concept, plain, after = quick_tune(
@@ -154,7 +171,8 @@ def test_loading_changes_nothing_in_the_host(folder):
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-                                  "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "vae/config.json"])
+                                  "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "vae/config.json",
+                                  "vision/config.json", "vision/model.safetensors"])
 def test_a_file_that_is_missing_or_damaged_is_named(folder, tmp_path, name):
     place = tmp_path / "demo"
     shutil.copytree(folder, place)
@@ -167,12 +185,12 @@ def test_a_file_that_is_missing_or_damaged_is_named(folder, tmp_path, name):
         demo_comfy.load(place)
 
 
-def test_the_node_gives_three_things_or_says_what_is_missing(folder, monkeypatch, tmp_path):
+def test_the_node_gives_four_things_or_says_what_is_missing(folder, monkeypatch, tmp_path):
     from perfusion.nodes import demo
 
     monkeypatch.setattr(demo, "FOLDER", folder)
-    model, clip, vae = demo.DemoModel.execute().result
-    assert applying.base_of(model) == "creature" and clip.patcher and vae.first_stage_model
+    model, clip, vae, vision = demo.DemoModel.execute().result
+    assert applying.base_of(model) == "creature" and clip.patcher and vae.first_stage_model and vision.patcher
     monkeypatch.setattr(demo, "FOLDER", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="missing"):
         demo.DemoModel.execute()

@@ -5,7 +5,7 @@ import json
 import torch
 from torch import nn
 
-from perfusion.bench import mini_autoencoder, mini_data, mini_denoiser, mini_loop, mini_models, world
+from perfusion.bench import mini_autoencoder, mini_data, mini_denoiser, mini_loop, mini_models, mini_tower, world
 from perfusion.core import host_diffusers
 
 CAPTIONS = ["a creature", "a large blue spotted creature, in the snow", "", "a dragon on the left"]
@@ -88,18 +88,22 @@ def test_the_networks_learn_the_world(tmp_path, monkeypatch):
     monkeypatch.setattr(mini_data, "SHARD", 8)
     monkeypatch.setattr(mini_autoencoder, "BATCH", 2)
     monkeypatch.setattr(mini_denoiser, "BATCH", 4)
+    monkeypatch.setattr(mini_tower, "BATCH", 4)
     mini_data.draw(tmp_path, 1, seed=0)
     data = mini_data.load(tmp_path, 1)
     nets = seeded()
     data["latents"] = mini_denoiser.encode(nets["vae"], data["pictures"])
     denoiser = mini_denoiser.Denoiser(nets["unet"], nets["text_encoder"])
+    contrast = mini_tower.Contrast()
     for module, loss in ((nets["vae"], mini_autoencoder.loss(nets["vae"], data)),
-                         (denoiser, mini_denoiser.loss(denoiser, data, 1.0))):
+                         (denoiser, mini_denoiser.loss(denoiser, data, 1.0)),
+                         (contrast, mini_tower.loss(contrast, data))):
         before = [p.clone() for p in module.parameters()]
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
         losses = []
         for _ in range(6):
-            out = loss(torch.Generator().manual_seed(0))
+            with torch.autocast("cpu", torch.bfloat16):  # as the loop does
+                out = loss(torch.Generator().manual_seed(0))
             out = out[0] if isinstance(out, tuple) else out
             out.backward()
             optimizer.step()

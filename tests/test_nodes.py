@@ -32,7 +32,7 @@ OUTPUTS = {
     "PerfusionLoadConcept": ["PERFUSION_CONCEPT", "STRING"],
     "PerfusionGateStrength": ["PERFUSION_CONCEPT"],
     "PerfusionApplyConcept": ["MODEL", "CLIP"],
-    "PerfusionDemoModel": ["MODEL", "CLIP", "VAE"],
+    "PerfusionDemoModel": ["MODEL", "CLIP", "VAE", "CLIP_VISION"],
     "PerfusionLoadDomain": ["PERFUSION_DOMAIN"],
     "PerfusionEncodeConcept": ["PERFUSION_CONCEPT"],
     "PerfusionTrainDomain": ["PERFUSION_DOMAIN"],

@@ -105,7 +105,7 @@ def pair(tiny, tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             if kind == "creature":
                 shutil.copytree(DEMO, folder, dirs_exist_ok=True)
-                parts, pipe = demo_comfy.load(folder), hd.load(folder)
+                parts, pipe = demo_comfy.load(folder)[:3], hd.load(folder)
             else:
                 lines = PACKAGED.read_text(encoding="utf-8").splitlines()[::64]
                 (folder / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
