@@ -22,7 +22,7 @@ class DemoModel(io.ComfyNode):
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The small diffusion model."),
-                io.Clip.Output(display_name="clip", tooltip="Its text encoder, of a few hundred words."),
+                io.Clip.Output(display_name="clip", tooltip="Its text encoder, which knows few words."),
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
                 io.ClipVision.Output(display_name="clip_vision", tooltip="Its vision model, for Encode Concept."),
             ],

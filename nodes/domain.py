@@ -65,7 +65,7 @@ class TrainDomain(io.ComfyNode):
                 io.Int.Input("resolution", default=512, min=64, max=2048, step=64,
                              tooltip="Pictures are scaled to about this many pixels squared, their shape kept."),
                 io.Int.Input("batch", default=default.batch, min=1, max=256,
-                             tooltip="Pictures in each step. Fewer need less memory."),
+                             tooltip="Pictures in each step. More is steadier and slower; memory stays the same."),
             ],
             outputs=[Domain.Output(display_name="domain", tooltip="For Encode Concept. It is saved already.")],
             hidden=[io.Hidden.unique_id],

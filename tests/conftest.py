@@ -39,6 +39,29 @@ def tiny(tmp_path_factory):
     checkpoints.unregister()
 
 
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """The pack's nodes by id, its folders in a place of their own."""
+    import asyncio
+
+    import folder_paths
+
+    base = tmp_path_factory.mktemp("base")
+    before = folder_paths.models_dir, folder_paths.get_output_directory()
+    folder_paths.models_dir = str(base / "models")
+    folder_paths.set_output_directory(str(base / "output"))
+    from perfusion.nodes import comfy_entrypoint
+
+    async def nodes():
+        return await (await comfy_entrypoint()).get_node_list()
+
+    yield {node.define_schema().node_id: node for node in asyncio.run(nodes())}
+    folder_paths.models_dir = before[0]
+    folder_paths.set_output_directory(before[1])
+    for name in "perfusion", "perfusion_domains":
+        del folder_paths.folder_names_and_paths[name]
+
+
 @pytest.fixture(scope="session")
 def main():
     """`python -m headless` without a process of its own."""

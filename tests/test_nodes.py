@@ -1,6 +1,5 @@
 """The declarations: what an artist's workflow file depends on, and what the host sees of the pack."""
 
-import asyncio
 import inspect
 import json
 import runpy
@@ -38,27 +37,6 @@ OUTPUTS = {
     "PerfusionTrainDomain": ["PERFUSION_DOMAIN"],
 }
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    """The pack's nodes by id, its folders in a place of their own."""
-    import folder_paths
-
-    base = tmp_path_factory.mktemp("base")
-    before = folder_paths.models_dir, folder_paths.get_output_directory()
-    folder_paths.models_dir = str(base / "models")
-    folder_paths.set_output_directory(str(base / "output"))
-    from perfusion.nodes import comfy_entrypoint
-
-    async def nodes():
-        return await (await comfy_entrypoint()).get_node_list()
-
-    yield {node.define_schema().node_id: node for node in asyncio.run(nodes())}
-    folder_paths.models_dir = before[0]
-    folder_paths.set_output_directory(before[1])
-    for name in "perfusion", "perfusion_domains":
-        del folder_paths.folder_names_and_paths[name]
 
 
 def test_ids_and_the_order_of_inputs_are_those_that_saved_workflows_hold(pack):
