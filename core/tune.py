@@ -70,12 +70,12 @@ class Diverged(ValueError):
 def check(images: Tensor | None, mask: Tensor | None, settings: Tuning):
     """Raise ValueError with a sentence for input that cannot be learnt from."""
     if images is None or len(images) == 0:
-        raise ValueError("Quick Tune needs a picture of the thing to learn, and none came. Connect Load Image.")
+        raise ValueError("A picture of the thing is needed, and none came. Connect Load Image.")
     _, height, width, channels = images.shape
     if channels != 3:
         raise ValueError(
-            f"The picture has {channels} channels and 3 were expected (RGB). For a cut-out with transparency put "
-            "Split Image with Alpha before Quick Tune, and connect its mask if the background should not be learnt."
+            f"The picture has {channels} channels and 3 were expected (RGB). Put Split Image with Alpha behind it. Its "
+            "mask is white where nothing is: put Invert Mask behind that if the background should not be learnt."
         )
     if min(height, width) < SMALLEST:
         raise ValueError(f"The picture is {width}×{height} pixels; it needs at least {SMALLEST} on each side.")

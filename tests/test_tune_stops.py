@@ -218,8 +218,8 @@ def test_a_small_batch_is_not_taken_for_divergence():
 
 
 @pytest.mark.parametrize("changes, says", (
-    ({"images": None}, "needs a picture"),
-    ({"images": PICTURE[:0]}, "needs a picture"),
+    ({"images": None}, "picture of the thing is needed"),
+    ({"images": PICTURE[:0]}, "picture of the thing is needed"),
     ({"images": PICTURE[:, :1, :1]}, "is 1×1 pixels"),
     ({"images": torch.rand(1, 64, 64, 4)}, "has 4 channels"),
     ({"mask": torch.ones(1, 32, 80)}, "mask is 80×32 .1., the picture 80×64"),
@@ -279,7 +279,7 @@ def test_a_caption_that_is_too_long_for_a_start_keeps_what_was_learnt(host):
 
 @pytest.mark.parametrize("none", (None, PICTURE[:0]))
 def test_no_picture_gets_a_sentence(none):
-    with pytest.raises(ValueError, match="needs a picture"):
+    with pytest.raises(ValueError, match="picture of the thing is needed"):
         check(none, None, FAST)
 
 
