@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from ..core.tower import MEAN, STD
 from . import mini_data, mini_models, world
 from .reader import BELIEF
 from .train_reader import factor_loss
 
 BATCH, PROJECTION = 128, 128
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, as ComfyUI applies
 
 
 def build() -> CLIPVisionModel:
@@ -26,7 +26,8 @@ def build() -> CLIPVisionModel:
 
 
 class Contrast(nn.Module):
-    """The tower, a text encoder of its own, and the projections in which pictures and captions meet."""
+    """The tower, a text encoder of its own, the projections in which pictures and captions meet, and what reads a
+    subject's numbers off the tower."""
 
     def __init__(self):
         super().__init__()

@@ -42,7 +42,7 @@ class Peer:
 
     def __init__(self, method: str, host, superclass: str, word: str, learning_rate: float,
                  embedding_learning_rate: float, templates):
-        self.host, self.superclass, self.word, self.templates = host, superclass, word, templates
+        self.host, self.word, self.templates = host, word, templates
         self.unet = host.pipe.unet
         self.embedding = {name: v.to(host.device).requires_grad_() for name, v in host.embedding(superclass).items()}
         self.before = {name: p.detach().clone() for name, p in self.unet.named_parameters()}
