@@ -35,7 +35,7 @@ class Schooling:
 
 @dataclass(frozen=True)
 class Schooled:
-    """What a step tells the one who watches. The numbers are means over the last steps."""
+    """What a step tells the one who watches. The numbers are means over the last steps, of all parts and processes."""
 
     step: int
     steps: int
@@ -68,6 +68,9 @@ class Alone:
     def move(self, optimizer):
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def reduce(self, tensor, reduction):
+        return tensor
 
     def clip_grad_norm_(self, parameters, longest):
         self.scaler.unscale_(self.optimizer)
@@ -123,7 +126,7 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         latents, weight, seen, captions = data(rows, generator)
         noise = torch.randn(latents.shape, generator=generator)
         parts = [part[mine].chunk(settings.accumulate) for part in (latents, weight, seen, noise, times)]
-        sound = True
+        told = []
         for k, (x, w, f, e, t) in enumerate(zip(*parts)):
             lines = captions[mine][k * len(x) : (k + 1) * len(x)]
             last = k + 1 == settings.accumulate
@@ -135,14 +138,16 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
                 with machine.autocast():
                     loss, numbers = module(x, w, f, felt, lines, e, t)
                 machine.backward(loss / settings.accumulate)
-                sound = sound and math.isfinite(loss.item())
+                told.append([loss.item(), *numbers.values()])
         machine.clip_grad_norm_(course.parameters(), 1.0)
-        if not sound:
+        # of all processes, which so see the same and stop at the same step
+        total, *means = machine.reduce(torch.tensor(told, device=device).mean(0), "mean").tolist()
+        if not math.isfinite(total):
             raise ValueError(f"Training stopped at step {step + 1}: the loss is not a number. What was learnt before "
                              "is kept; go on from it, or begin again, at a lower learning rate.")
         machine.move(optimizer)
         optimizer.zero_grad()
-        for name, value in numbers.items():
+        for name, value in zip(numbers, means):
             shown[name] = 0.98 * shown.get(name, value) + 0.02 * value
         done, end = step + 1, step + 1 == settings.steps
         left = (time.monotonic() - clock) / (done - begun) * (settings.steps - done)

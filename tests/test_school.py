@@ -1,6 +1,7 @@
 """Train Domain as a command, on a random miniature: broken runs, several processes, parts of a step, bad folders."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,13 +104,19 @@ def test_a_broken_run_ends_as_an_unbroken_one(place, school, unbroken, tmp_path)
     assert closest(load(out), unbroken) == 0
 
 
-def test_two_processes_and_parts_of_a_step_learn_what_one_does(place, school, unbroken, tmp_path):
+def shown(said):
+    """The error that each step printed."""
+    return [float(error) for error in re.findall(r"step \d+ of \d+, error ([\d.]+)", said)]
+
+
+def test_two_processes_and_parts_of_a_step_learn_and_show_what_one_does(place, school, unbroken, tmp_path, capsys):
     process = start(command(place, tmp_path / "two.safetensors"), "accelerate.commands.launch", "--cpu",
                     "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                     "-m")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert school(place, tmp_path / "parts.safetensors", "--accumulate", 2) == 0
+    assert len(shown(said)) == 4 and shown(said) == pytest.approx(shown(capsys.readouterr().out), rel=1e-2)
     assert school(place, tmp_path / "other.safetensors", "--seed", 1) == 0  # of other pictures and noise
     assert apart(unbroken, load(tmp_path / "other.safetensors")) > 0.5
     assert apart(unbroken, load(tmp_path / "two.safetensors")) < 0.05
