@@ -2,7 +2,7 @@
 
 Everything that a step draws comes from the seed and its number alone, for all processes together; each takes its share.
 So a run that was killed ends at the weights of an unbroken one, and two processes learn what one does, to rounding.
-A checkpoint holds what was learnt, the optimiser and the number of steps done.
+A checkpoint holds what was learnt, the optimiser, how the loss is scaled in fp16, and the number of steps done.
 """
 
 import io
@@ -112,7 +112,7 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         {"params": list(course.encoder.parameters()), "base": settings.learning_rate},
         {"params": [*course.outputs, *course.inputs], "base": settings.offset_learning_rate},
     ], weight_decay=0)
-    begun = resume(course, optimizer, checkpoint, settings) if checkpoint and checkpoint.exists() else 0
+    begun = resume(course, optimizer, machine, checkpoint, settings) if checkpoint and checkpoint.exists() else 0
     module, optimizer = machine.prepare(course, optimizer)
     share = settings.batch // machine.num_processes
     mine = slice(machine.process_index * share, (machine.process_index + 1) * share)
@@ -154,19 +154,19 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         report(Schooled(done, settings.steps, dict(shown), left))
         if (done % every == 0 or end) and machine.is_main_process:
             if checkpoint:
-                keep(course, optimizer, checkpoint, settings, done)
+                keep(course, optimizer, machine, checkpoint, settings, done)
             sample(course, done)
 
 
-def keep(course: Course, optimizer, path: Path, settings: Schooling, step: int):
+def keep(course: Course, optimizer, machine, path: Path, settings: Schooling, step: int):
     """Write a checkpoint, whole or not at all."""
-    data = io.BytesIO()
-    torch.save({"course": course.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+    data, scaler = io.BytesIO(), machine.scaler.state_dict() if machine.scaler else {}
+    torch.save({"course": course.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler, "step": step,
                 "settings": asdict(settings)}, data)
     write(path, data.getvalue())
 
 
-def resume(course: Course, optimizer, path: Path, settings: Schooling) -> int:
+def resume(course: Course, optimizer, machine, path: Path, settings: Schooling) -> int:
     """Put a checkpoint's state in place and answer its step. Raises ValueError for one of another training."""
     try:
         state = torch.load(path, weights_only=True, map_location=course.host.device)
@@ -180,4 +180,6 @@ def resume(course: Course, optimizer, path: Path, settings: Schooling) -> int:
                          "asked for. Use the same settings to go on, or remove it to begin anew.")
     course.load_state_dict(state["course"])
     optimizer.load_state_dict(state["optimizer"])
+    if machine.scaler and state["scaler"]:  # a training may go on in another precision
+        machine.scaler.load_state_dict(state["scaler"])
     return step
