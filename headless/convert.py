@@ -11,7 +11,8 @@ from core.encode import check
 from core.tower import tokens_of
 
 from . import pictures
-from .domain import open_tower, square
+from .album import square
+from .domain import open_tower
 from .learn import captions, open_model, target
 
 

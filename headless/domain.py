@@ -8,12 +8,9 @@ the concept goes. What the VAE and the tower see is computed once and kept in `<
 sheets of the pictures that are held out: the picture, and what the encoder makes of it.
 """
 
-import hashlib
-import re
 from datetime import timedelta
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from transformers import CLIPVisionModel
 
@@ -21,17 +18,13 @@ from core import domain as domains
 from core import host_diffusers
 from core import tune as tuning
 from core.encode import encode
-from core.encoder import Encoder
-from core.file import pack, write
 from core.school import Schooling, train
-from core.tower import Tower, hash_of, middle, tokens_of
+from core.tower import Tower, hash_of
 from core.train_domain import WORD, Course
 
 from . import pictures
+from .album import HELD, captions_of, listed, seen, square
 from .learn import open_model
-
-KINDS = ".png", ".jpg", ".jpeg", ".webp"
-HELD = 4  # pictures that are not trained on
 
 
 def open_tower(path) -> Tower:
@@ -44,47 +37,6 @@ def open_tower(path) -> Tower:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Tower(model.config.image_size, hash_of(model.state_dict()),
                  lambda x: model(x.to(model.device), output_hidden_states=True).hidden_states[1:])
-
-
-def captions_of(path: Path, superclass: str) -> list[str]:
-    """The captions beside a picture, each with {} once, or the templates that concepts are learnt with."""
-    beside = path.with_suffix(".txt")
-    if not beside.exists():
-        return list(tuning.TEMPLATES)
-    lines = [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()]
-    named = [line if "{}" in line else re.sub(rf"\b{re.escape(superclass)}\b", "{}", line, count=1) for line in lines]
-    bad = [line for line in named if line.count("{}") != 1]
-    if bad or not lines:
-        raise ValueError(f"Each caption in '{beside}' has to hold {{}} or the word {superclass} once, where the thing "
-                         f"goes; got '{bad[0] if bad else 'no caption'}'.")
-    return named
-
-
-def seen(folder: Path, work: Path, host, tower: Tower, resolution: int, say=print):
-    """(paths, latents (m, c, h, w), class tokens (m, l, w)) of the pictures of a folder, from `work` if they are."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in KINDS)
-    if len(paths) < 2 * HELD:
-        raise ValueError(f"'{folder}' holds {len(paths)} pictures ({', '.join(KINDS)}); a domain needs at least "
-                         f"{2 * HELD}, and thousands to be of use.")
-    key = hashlib.sha256(f"{tower.hash}{resolution}{host.base}".encode())
-    for path in paths:
-        key.update(f"{path.relative_to(folder)}{path.stat().st_size}{path.stat().st_mtime_ns}".encode())
-    kept = work / f"seen-{key.hexdigest()[:16]}.safetensors"
-    if not kept.exists():
-        latents, tokens = [], []
-        for k, path in enumerate(paths):
-            picture = square(pictures.read(path), resolution)
-            latents.append(host.latents(picture).half().cpu())
-            tokens.append(tokens_of(tower, picture, Encoder.read).half())
-            say(f"\rpictures read, once: {k + 1} of {len(paths)}", end="\n" * (k + 1 == len(paths)), flush=True)
-        write(kept, pack({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, {}))
-    stored = safetensors.torch.load_file(kept)
-    return paths, stored["latents"], stored["tokens"]
-
-
-def square(picture: torch.Tensor, side: int) -> torch.Tensor:
-    """The middle square (1, side, side, 3) of a picture (1, H, W, 3)."""
-    return middle(picture, side).movedim(1, -1)  # BCHW -> BHWC
 
 
 def train_domain(arguments):
@@ -101,15 +53,16 @@ def train_domain(arguments):
     out = Path(arguments.out)
     if out.is_dir() or out.suffix != ".safetensors":
         raise ValueError(f"--out names the domain's file, cats.safetensors for one; got '{out}'.")
-    work = out.with_suffix(".work")
+    work, album = out.with_suffix(".work"), Path(arguments.pictures)
     pipe, folder = open_model(arguments.model)
     pipe.to(machine.device)
     tower = open_tower(arguments.tower)
     resolution = arguments.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder)
-    with machine.main_process_first():
-        paths, latents, tokens = seen(Path(arguments.pictures), work, host, tower, resolution)
+    paths = listed(album)
     lines = [captions_of(path, arguments.superclass) for path in paths]
+    with machine.main_process_first():
+        latents, tokens = seen(paths, album, work, host, tower, resolution)
     settings = Schooling(arguments.steps, arguments.batch, arguments.accumulate, arguments.seed,
                          arguments.learning_rate, arguments.offset_learning_rate)
     train_on = len(paths) - HELD  # the last ones are held out

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,28 @@ def test_another_training_does_not_go_on_from_a_checkpoint(place, school, unbrok
     assert school(place, place / "unbroken.safetensors", "--learning-rate", 0.5) == 2
     said = capsys.readouterr().err
     assert "learning_rate" in said and "begin anew" in said
+
+
+@pytest.fixture
+def album(place, school):
+    """The module that reads the pictures of a folder, and what it needs for that of `place`."""
+    album, commands = sys.modules["headless.album"], sys.modules["headless.domain"]
+    pipe, folder = commands.open_model(place / "model")
+    host = commands.host_diffusers.DiffusersHost(pipe, "creature", folder)
+    return album, album.listed(place / "pictures"), host, commands.open_tower(place / "tower")
+
+
+def test_pictures_are_read_some_at_a_time_with_the_numbers_of_one_at_a_time(album, place, tmp_path, monkeypatch):
+    album, paths, host, tower = album
+    sizes, few = [], replace(tower, states=lambda x: sizes.append(len(x)) or tower.states(x))
+    monkeypatch.setattr(album, "AT_ONCE", 4)
+    latents, tokens = album.seen(paths, place / "pictures", tmp_path, host, few, 64)
+    assert sizes == [4, 4, 2] and len(latents) == len(tokens) == 10
+    for k in 0, 5, 9:
+        picture = album.square(album.pictures.read(paths[k]), 64)
+        torch.testing.assert_close(latents[k : k + 1].float(), host.latents(picture), atol=1e-4, rtol=2e-3)
+        found = album.tokens_of(tower, picture, album.Encoder.read)
+        torch.testing.assert_close(tokens[k : k + 1].float(), found, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("more, says", [
