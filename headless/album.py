@@ -1,6 +1,5 @@
 """A folder of pictures, as a domain learns from it: their captions, and what the VAE and the tower see of them."""
 
-import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from core import tune as tuning
 from core.encoder import Encoder
 from core.file import pack, write
+from core.fingerprint import fingerprint
 from core.tower import Tower, middle, tokens_of
 
 from . import pictures
@@ -47,10 +47,10 @@ def captions_of(path: Path, superclass: str) -> list[str]:
 
 def seen(paths: list[Path], folder: Path, work: Path, host, tower: Tower, resolution: int, say=print):
     """(latents (m, c, h, w), class tokens (m, l, w)) of the pictures of a folder, from `work` if they are there."""
-    key = hashlib.sha256(f"{tower.hash}{resolution}{host.base}".encode())
-    for path in paths:
-        key.update(f"{path.relative_to(folder)}{path.stat().st_size}{path.stat().st_mtime_ns}".encode())
-    kept = work / f"seen-{key.hexdigest()[:16]}.safetensors"
+    files = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    vae = host.pipe.vae
+    key = fingerprint(tower.hash, vae.state_dict(), vae.config.scaling_factor, resolution, files)
+    kept = work / f"seen-{key[:16]}.safetensors"
     if not kept.exists():
         latents, tokens, some = [], [], max(1, PIXELS // resolution**2)
         with ThreadPoolExecutor(READERS) as readers:

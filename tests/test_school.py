@@ -152,6 +152,21 @@ def test_pictures_are_read_some_at_a_time_with_the_numbers_of_one_at_a_time(albu
         torch.testing.assert_close(tokens[k : k + 1].float(), found, atol=2e-3, rtol=2e-3)
 
 
+def test_another_vae_or_another_scale_of_it_sees_the_pictures_anew(album, place, tmp_path):
+    album, paths, host, tower = album
+
+    def latents():
+        return album.seen(paths, place / "pictures", tmp_path, host, tower, 64)[0]
+
+    first, vae = latents(), host.pipe.vae
+    assert torch.equal(latents(), first) and len(list(tmp_path.iterdir())) == 1
+    vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
+    torch.testing.assert_close(latents(), 2 * first)
+    vae.register_to_config(scaling_factor=vae.config.scaling_factor / 2)
+    next(vae.encoder.parameters()).data *= 1.5
+    assert (latents() - first).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("more, says", [
     (["--batch", 5, "--accumulate", 2], "multiple of 2"), (["--tower", "nowhere"], "not a folder of a CLIP vision"),
     (["--superclass", "wibble"], "superclass"), (["--steps", 0], "at least one step"),
