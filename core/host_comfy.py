@@ -195,7 +195,8 @@ class ComfyHost:
               for own, chunk in zip(each, chunks)]
         for prompt, places in zip(prompts, at):
             if not places:
-                raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens.")
+                raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens. Say "
+                                 "less before it.")
             if len(places) > 1:
                 raise ValueError(f"The caption '{prompt}' holds {word} {len(places)} times, and once is needed. Leave "
                                  "only {} where the word goes.")

@@ -157,6 +157,18 @@ def pictures(pipe, prompts: list[str], concepts: Sequence[Concept] = (), negativ
     return made.movedim(1, -1).float()  # BCHW -> BHWC
 
 
+def places(prompts: list[str], word: str, marks: Tensor) -> Tensor:
+    """The word's position (b) in each prompt, of whose tokens `marks` (b, n) has 1 for it."""
+    for prompt, found in zip(prompts, marks.sum(1).tolist()):
+        if not found:
+            raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens. Say "
+                             "less before it.")
+        if found > 1:
+            raise ValueError(f"The caption '{prompt}' holds {word} {found} times, and once is needed. Leave "
+                             "only {} where the word goes.")
+    return marks.argmax(1)
+
+
 class DiffusersHost:
     """See `host.Host`. `folder` is where covariances are kept; `progress` hears (done, total) while one is computed."""
 
@@ -212,13 +224,12 @@ class DiffusersHost:
 
     def encode(self, prompts: list[str], word: str, embedding: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x, marks = read(self.encoders, prompts, {word: Token(embedding, self.ids)})
-        for prompt, found in zip(prompts, marks.sum(1).tolist()):
-            if not found:
-                raise ValueError(f"The caption '{prompt}' is too long: {word} has to be among its first 75 tokens.")
-            if found > 1:
-                raise ValueError(f"The caption '{prompt}' holds {word} {found} times, and once is needed. Leave "
-                                 "only {} where the word goes.")
-        return x.float().to(self.device), marks.argmax(1)
+        return x.float().to(self.device), places(prompts, word, marks)
+
+    def places(self, prompts: list[str], word: str) -> Tensor:
+        """The word's position (b) in each prompt, by their tokens alone. Raises ValueError as `encode` does."""
+        tokenizer, _ = next(iter(self.encoders.values()))
+        return places(prompts, word, tokenise(tokenizer, prompts, {word: 0})[1])
 
     @torch.no_grad()
     def plain(self, prompt: str) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from core.encoder import Encoder
 from core.file import pack, write
 from core.fingerprint import fingerprint
 from core.tower import Tower, middle, tokens_of
+from core.train_domain import WORD
 
 from . import pictures
 
@@ -31,9 +32,12 @@ def listed(folder: Path) -> list[Path]:
     return paths
 
 
-def captions_of(path: Path, superclass: str) -> list[str]:
-    """The captions beside a picture, each with {} once, or the templates that concepts are learnt with."""
-    beside = path.with_suffix(".txt")
+def captions_of(path: Path, host) -> list[str]:
+    """The captions beside a picture, each with {} once, or the templates that concepts are learnt with.
+
+    They are tokenised here, and not only where they are learnt from, so that one too long stops no training midway.
+    """
+    beside, superclass = path.with_suffix(".txt"), host.superclass
     if not beside.exists():
         return list(tuning.TEMPLATES)
     lines = [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -42,6 +46,10 @@ def captions_of(path: Path, superclass: str) -> list[str]:
     if bad or not lines:
         raise ValueError(f"Each caption in '{beside}' has to hold {{}} or the word {superclass} once, where the thing "
                          f"goes; got '{bad[0] if bad else 'no caption'}'.")
+    try:
+        host.places([line.replace("{}", WORD) for line in named], WORD)
+    except ValueError as error:
+        raise ValueError(f"In '{beside}', with {WORD} where the thing goes: {error}") from error
     return named
 
 

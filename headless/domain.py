@@ -60,7 +60,7 @@ def train_domain(arguments):
     resolution = arguments.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder)
     paths = listed(album)
-    lines = [captions_of(path, arguments.superclass) for path in paths]
+    lines = [captions_of(path, host) for path in paths]
     with machine.main_process_first():
         latents, tokens = seen(paths, album, work, host, tower, resolution)
     settings = Schooling(arguments.steps, arguments.batch, arguments.accumulate, arguments.seed,

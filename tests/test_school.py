@@ -186,3 +186,15 @@ def test_a_folder_without_pictures_and_captions_without_a_place_get_a_sentence(p
     (tmp_path / "pictures" / "0.txt").write_text("a photo of a dog\n")
     assert school(tmp_path, tmp_path / "y.safetensors") == 2
     assert "a photo of a dog" in capsys.readouterr().err
+
+
+def test_a_caption_whose_thing_is_out_of_reach_is_told_with_its_file_before_anything_is_read(
+        place, school, tmp_path, capsys):
+    for name in "model", "tower":
+        (tmp_path / name).symlink_to(place / name)
+    shutil.copytree(place / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "more" / "9.txt").write_text(f"a {{}}\na {'red ' * 74} creature\n")
+    assert school(tmp_path, tmp_path / "x.safetensors") == 2
+    said = capsys.readouterr().err
+    assert str(Path("more") / "9.txt") in said and "is too long" in said and "Say less before it" in said
+    assert not (tmp_path / "x.work").exists()
