@@ -2,20 +2,17 @@
 
 Everything that a step draws comes from the seed and its number alone, for all processes together; each takes its share.
 So a run that was killed ends at the weights of an unbroken one, and two processes learn what one does, to rounding.
-A checkpoint holds what was learnt, the optimiser, how the loss is scaled in fp16, and the number of steps done.
 """
 
-import io
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from .file import write
+from .checkpoint import Checkpoint
 from .train_domain import Course
 
 WARM_UP = 100  # steps
@@ -95,14 +92,15 @@ def draw(settings: Schooling, step: int, count: int):
     return rows, torch.rand(settings.batch, generator=generator), generator
 
 
-def train(course: Course, data, count: int, settings: Schooling, machine=None, checkpoint: Path | None = None,
+def train(course: Course, data, count: int, settings: Schooling, machine=None, checkpoint: Checkpoint | None = None,
           every: int = 500, report: Callable[[Schooled], None] = lambda schooled: None,
           sample: Callable[[Course, int], None] = lambda course, step: None):
     """Teach the course, in place.
 
     `data(rows, generator)` answers latents, weights, class tokens and captions of rows of its `count` pictures.
-    `checkpoint` is written each `every` steps and at the end, and gone on from where it is there; `sample` is called
-    then too, with the step. Raises ValueError, and the host's cancel, with the checkpoint left as it was last.
+    `checkpoint` is written each `every` steps and at the end, and gone on from where it is there. To its facts come
+    the settings and the superclass, but not `accumulate`, which is of a machine. `sample` is called then too, with the
+    step. Raises ValueError, and the host's cancel, with the checkpoint left as it was last.
     """
     host, device = course.host, course.host.device
     machine = machine or Alone(host)
@@ -112,7 +110,11 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         {"params": list(course.encoder.parameters()), "base": settings.learning_rate},
         {"params": [*course.outputs, *course.inputs], "base": settings.offset_learning_rate},
     ], weight_decay=0)
-    begun = resume(course, optimizer, machine, checkpoint, settings) if checkpoint and checkpoint.exists() else 0
+    begun = 0
+    if checkpoint:
+        own = {name: value for name, value in asdict(settings).items() if name != "accumulate"}
+        checkpoint = replace(checkpoint, facts=own | {"superclass": course.superclass} | checkpoint.facts)
+        begun = checkpoint.resume(course, optimizer, machine.scaler) if checkpoint.path.exists() else 0
     module, optimizer = machine.prepare(course, optimizer)
     share = settings.batch // machine.num_processes
     mine = slice(machine.process_index * share, (machine.process_index + 1) * share)
@@ -154,32 +156,5 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         report(Schooled(done, settings.steps, dict(shown), left))
         if (done % every == 0 or end) and machine.is_main_process:
             if checkpoint:
-                keep(course, optimizer, machine, checkpoint, settings, done)
+                checkpoint.keep(course, optimizer, machine.scaler, done)
             sample(course, done)
-
-
-def keep(course: Course, optimizer, machine, path: Path, settings: Schooling, step: int):
-    """Write a checkpoint, whole or not at all."""
-    data, scaler = io.BytesIO(), machine.scaler.state_dict() if machine.scaler else {}
-    torch.save({"course": course.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler, "step": step,
-                "settings": asdict(settings)}, data)
-    write(path, data.getvalue())
-
-
-def resume(course: Course, optimizer, machine, path: Path, settings: Schooling) -> int:
-    """Put a checkpoint's state in place and answer its step. Raises ValueError for one of another training."""
-    try:
-        state = torch.load(path, weights_only=True, map_location=course.host.device)
-        before, step = state["settings"], state["step"]
-    except Exception as error:  # torch raises whatever the unpickler met
-        raise ValueError(f"The checkpoint {path} cannot be read ({error}). Remove it to begin anew.") from error
-    now = asdict(settings)
-    other = {name: before.get(name) for name in now if before.get(name) != now[name] and name != "accumulate"}
-    if other:
-        raise ValueError(f"The checkpoint {path} is of a training with {other}, and {({n: now[n] for n in other})} was "
-                         "asked for. Use the same settings to go on, or remove it to begin anew.")
-    course.load_state_dict(state["course"])
-    optimizer.load_state_dict(state["optimizer"])
-    if machine.scaler and state["scaler"]:  # a training may go on in another precision
-        machine.scaler.load_state_dict(state["scaler"])
-    return step

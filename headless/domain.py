@@ -17,7 +17,10 @@ from transformers import CLIPVisionModel
 from core import domain as domains
 from core import host_diffusers
 from core import tune as tuning
+from core.checkpoint import Checkpoint
 from core.encode import encode
+from core.fingerprint import fingerprint
+from core.prompt_diffusers import text_weights
 from core.school import Schooling, train
 from core.tower import Tower, hash_of
 from core.train_domain import WORD, Course
@@ -37,6 +40,17 @@ def open_tower(path) -> Tower:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Tower(model.config.image_size, hash_of(model.state_dict()),
                  lambda x: model(x.to(model.device), output_hidden_states=True).hidden_states[1:])
+
+
+def facts_of(host, tower: Tower, album: Path, paths: list[Path], lines: list[list[str]], resolution: int) -> dict:
+    """What a training is of beside its settings: model, tower, and the pictures of a folder with their captions."""
+    # by name and size: a folder that was copied has other times
+    listing = [(path.relative_to(album).as_posix(), path.stat().st_size) for path in paths]
+    pipe = host.pipe
+    model = fingerprint(host.prediction, host.log_sigmas, pipe.unet.state_dict(), pipe.vae.state_dict(),
+                        text_weights(host.encoders))
+    hashes = {"model": model, "tower": tower.hash, "pictures": fingerprint(listing), "captions": fingerprint(lines)}
+    return {name: found[:16] for name, found in hashes.items()} | {"resolution": resolution}
 
 
 def train_domain(arguments):
@@ -66,6 +80,8 @@ def train_domain(arguments):
     settings = Schooling(arguments.steps, arguments.batch, arguments.accumulate, arguments.seed,
                          arguments.learning_rate, arguments.offset_learning_rate)
     train_on = len(paths) - HELD  # the last ones are held out
+
+    checkpoint = Checkpoint(work / "checkpoint.pt", facts_of(host, tower, album, paths, lines, resolution))
 
     def data(rows, generator):
         said = [lines[k][int(torch.randint(len(lines[k]), (), generator=generator))] for k in rows.tolist()]
@@ -98,7 +114,7 @@ def train_domain(arguments):
 
     with host.training(latents[:1].float()):
         course = Course(host, arguments.superclass, tokens, latents, settings.seed)
-        train(course, data, train_on, settings, machine, work / "checkpoint.pt", arguments.every, say, sample)
+        train(course, data, train_on, settings, machine, checkpoint, arguments.every, say, sample)
     if machine.is_main_process:
         domains.save(domain(course, settings.steps), out)  # of a finished training too, whose file was moved away
         print(f"\n{out}: {out.stat().st_size / 2**20:.1f} MB")

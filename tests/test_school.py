@@ -167,6 +167,35 @@ def test_another_vae_or_another_scale_of_it_sees_the_pictures_anew(album, place,
     assert (latents() - first).abs().max() > 1e-3
 
 
+def test_each_thing_that_a_training_is_of_has_a_fact_of_its_own(album, place, tmp_path):
+    album, paths, host, tower = album
+    shutil.copytree(place / "pictures", tmp_path, dirs_exist_ok=True)
+    copied, lines = album.listed(tmp_path), [["a {}"]] * len(paths)
+
+    def facts(folder=place / "pictures", paths=paths, tower=tower, lines=lines, resolution=64):
+        return sys.modules["headless.domain"].facts_of(host, tower, folder, paths, lines, resolution)
+
+    first = facts()
+
+    def changed(found):
+        assert all(len(str(fact)) <= 16 for fact in found.values())
+        return {name for name in first if found[name] != first[name]}
+
+    assert changed(facts(tmp_path, copied)) == set()
+    copied[3].write_bytes(copied[3].read_bytes() + b" ")
+    assert changed(facts(tmp_path, copied)) == {"pictures"}
+    assert changed(facts(paths=paths[1:])) == {"pictures"}
+    assert changed(facts(tower=replace(tower, hash="0123"))) == {"tower"}
+    assert changed(facts(lines=[*lines[1:], ["a big {}"]])) == {"captions"}
+    assert changed(facts(resolution=128)) == {"resolution"}
+    for part in host.pipe.unet, host.pipe.vae, host.pipe.text_encoder:
+        weight = next(part.parameters())
+        before = weight.data.clone()
+        weight.data += 0.1
+        assert changed(facts()) == {"model"}
+        weight.data = before
+
+
 @pytest.mark.parametrize("more, says", [
     (["--batch", 5, "--accumulate", 2], "multiple of 2"), (["--tower", "nowhere"], "not a folder of a CLIP vision"),
     (["--superclass", "wibble"], "superclass"), (["--steps", 0], "at least one step"),

@@ -5,6 +5,7 @@ import torch
 
 from perfusion.bench import world
 from perfusion.core import host_diffusers as hd
+from perfusion.core.checkpoint import Checkpoint
 from perfusion.core.school import Alone, Schooling, train
 from perfusion.core.train_domain import Course
 
@@ -52,7 +53,7 @@ def stop(schooled):
 
 def test_a_broken_training_with_a_scaled_loss_ends_as_an_unbroken_one(host, tmp_path):
     settings, machines = Schooling(steps=4, batch=2), [Scaled(host) for _ in range(3)]
-    kept = {"checkpoint": tmp_path / "x.pt", "every": 2}
+    kept = {"checkpoint": Checkpoint(tmp_path / "x.pt", {}), "every": 2}
     whole, _ = taught(host, settings, machine=machines[0])
     with pytest.raises(KeyboardInterrupt):
         taught(host, settings, machine=machines[1], report=stop, **kept)
@@ -60,3 +61,20 @@ def test_a_broken_training_with_a_scaled_loss_ends_as_an_unbroken_one(host, tmp_
     assert [schooled.step for schooled in heard] == [3, 4]
     assert machines[2].scaler.state_dict() == machines[0].scaler.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_training_of_something_else_does_not_go_on_and_hears_what_differs(host, tmp_path):
+    def go_on(model="one", superclass=CREATURE, **more):
+        kept = Checkpoint(tmp_path / "x.pt", {"model": model, "tower": "same"})
+        return taught(host, Schooling(steps=1, batch=2, **more), superclass, checkpoint=kept)
+
+    go_on()
+    before = (tmp_path / "x.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"of a training with model one, and model two was asked for\. Give the same"):
+        go_on(model="two")
+    with pytest.raises(ValueError, match="with superclass creature, and superclass house was asked for"):
+        go_on(superclass="house")
+    with pytest.raises(ValueError, match="with seed 0, model one, and seed 1, model two was asked for"):
+        go_on("two", seed=1)
+    assert (tmp_path / "x.pt").read_bytes() == before
+    assert go_on(accumulate=2)[1] == []  # it is done already
