@@ -54,7 +54,8 @@ def dump(domain: Domain) -> bytes:
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise ValueError(f"'{bad[0]}' holds values that a domain's file cannot (NaN, infinite or beyond 65504): "
-                         "training diverged. Nothing was saved; go on from an earlier checkpoint at a lower rate.")
+                         "training diverged. Nothing was saved. Train it again with a larger batch, or by `python -m "
+                         "headless train-domain` at lower learning rates.")
     metadata = {name: getattr(domain, name) for name in ("base", "prediction", "superclass", "tower")}
     return pack(tensors, {"format": FORMAT, **metadata, "training": json.dumps(domain.training, sort_keys=True)})
 

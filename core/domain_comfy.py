@@ -13,11 +13,15 @@ from .concept import Concept, check_word
 from .domain import Domain
 from .encoder import Encoder
 from .host_comfy import ComfyHost, tower_of
-from .school import Schooled, Schooling, train
+from .school import Diverged, Schooled, Schooling, train
 from .tower import tokens_of
 from .train_domain import Course
 
 GREY = 0.5  # of what a mask leaves out
+# The node offers no learning rate, and fewer steps begin at the same one.
+WAY_OUT = ("Queue again with a larger batch or another seed. A model that runs in fp16 is safer in bf16 or fp32: start "
+           "ComfyUI with --bf16-unet or --fp32-unet. `python -m headless train-domain` can set a lower learning rate. "
+           "If it stops at the first step, the model or the VAE gives NaN by itself: load another.")
 
 
 def encode_concept(domain: Domain, model, clip, vae, clip_vision, images: Tensor, superclass: str, word: str,
@@ -72,8 +76,11 @@ def train_domain(model, clip, vae, clip_vision, images: Tensor, superclass: str,
         try:
             # one picture at a time, which is what the host made room for
             train(course, data, len(images), replace(settings, accumulate=settings.batch), report=heard)
-        except BaseException:
+        except BaseException as error:
             if done:
                 keep(domain())
+            if isinstance(error, Diverged):
+                kept = "What was learnt before is saved." if done else "Nothing was learnt yet."
+                error.args = (f"{error} {kept} {WAY_OUT}",)
             raise
         return domain()

@@ -40,6 +40,10 @@ class Schooled:
     seconds_left: float
 
 
+class Diverged(ValueError):
+    """Learning went wrong. What can be done depends on who asked, who adds it."""
+
+
 class Alone:
     """One process: what the loop asks of accelerate's Accelerator, for hosts that have none. The loss is scaled where
     the host's UNet is in fp16, as gradients are lost in it otherwise."""
@@ -100,7 +104,7 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
     `data(rows, generator)` answers latents, weights, class tokens and captions of rows of its `count` pictures.
     `checkpoint` is written each `every` steps and at the end, and gone on from where it is there. To its facts come
     the settings and the superclass, but not `accumulate`, which is of a machine. `sample` is called then too, with the
-    step. Raises ValueError, and the host's cancel, with the checkpoint left as it was last.
+    step. Raises ValueError, Diverged among them, and the host's cancel, with the checkpoint left as it was last.
     """
     host, device = course.host, course.host.device
     machine = machine or Alone(host)
@@ -145,8 +149,7 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         # of all processes, which so see the same and stop at the same step
         total, *means = machine.reduce(torch.tensor(told, device=device).mean(0), "mean").tolist()
         if not math.isfinite(total):
-            raise ValueError(f"Training stopped at step {step + 1}: the loss is not a number. What was learnt before "
-                             "is kept; go on from it, or begin again, at a lower learning rate.")
+            raise Diverged(f"Training stopped at step {step + 1}: the loss is not a number.")
         machine.move(optimizer)
         optimizer.zero_grad()
         for name, value in zip(numbers, means):

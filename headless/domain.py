@@ -21,13 +21,18 @@ from core.checkpoint import Checkpoint
 from core.encode import encode
 from core.fingerprint import fingerprint
 from core.prompt_diffusers import text_weights
-from core.school import Schooling, train
+from core.school import Diverged, Schooling, train
 from core.tower import Tower, hash_of
 from core.train_domain import WORD, Course
 
 from . import pictures
 from .album import HELD, captions_of, listed, seen, square
 from .learn import open_model
+
+# A checkpoint refuses other learning rates than those that it began with, and takes another precision.
+WAY_OUT = ("A checkpoint that was written is as it was. With --precision fp16, go on from it with bf16 or no; else "
+           "begin anew with a lower --learning-rate and --offset-learning-rate and another --out. If it stops at the "
+           "first step, the model or the VAE gives NaN by itself: use another.")
 
 
 def open_tower(path) -> Tower:
@@ -114,7 +119,11 @@ def train_domain(arguments):
 
     with host.training(latents[:1].float()):
         course = Course(host, arguments.superclass, tokens, latents, settings.seed)
-        train(course, data, train_on, settings, machine, checkpoint, arguments.every, say, sample)
+        try:
+            train(course, data, train_on, settings, machine, checkpoint, arguments.every, say, sample)
+        except Diverged as error:
+            error.args = (f"{error} {WAY_OUT}",)
+            raise
     if machine.is_main_process:
         domains.save(domain(course, settings.steps), out)  # of a finished training too, whose file was moved away
         print(f"\n{out}: {out.stat().st_size / 2**20:.1f} MB")

@@ -108,6 +108,22 @@ def test_a_cancel_keeps_what_was_learnt(tiny, towers, tmp_path):
     assert len(kept) == 1 and kept[0].training["steps"] == 2
 
 
+@pytest.mark.parametrize("good, says", [(0, "Nothing was learnt yet"), (1, "What was learnt before is saved")])
+def test_a_loss_that_is_no_number_says_what_can_be_done_in_the_node(tiny, towers, tmp_path, good, says):
+    parts, kept = tiny("sd1"), []
+
+    def spoil(schooled=None):
+        parts[0].model.diffusion_model.out[2].bias.data.fill_(torch.nan)
+
+    if not good:
+        spoil()
+    with pytest.raises(ValueError, match=f"stopped at step {good + 1}: the loss is not a number. {says}") as caught:
+        domain_comfy.train_domain(*parts, towers[0], PICTURES, "cat", Schooling(steps=3, batch=1), 64, tmp_path,
+                                  lambda done, total: None, spoil, kept.append)
+    assert [domain.training["steps"] for domain in kept] == [1] * good
+    assert "larger batch" in str(caught.value) and "--fp32-unet" in str(caught.value)
+
+
 def test_what_does_not_fit_gets_a_sentence(trained, tiny, towers):
     parts, folder, domain = trained("sd1")
     with pytest.raises(ValueError, match="trained on SD1.5 and the connected model is SDXL"):

@@ -6,7 +6,7 @@ import torch
 from perfusion.bench import world
 from perfusion.core import host_diffusers as hd
 from perfusion.core.checkpoint import Checkpoint
-from perfusion.core.school import Alone, Schooling, train
+from perfusion.core.school import Alone, Diverged, Schooling, train
 from perfusion.core.train_domain import Course
 
 CREATURE = "creature"
@@ -78,3 +78,10 @@ def test_a_training_of_something_else_does_not_go_on_and_hears_what_differs(host
         go_on("two", seed=1)
     assert (tmp_path / "x.pt").read_bytes() == before
     assert go_on(accumulate=2)[1] == []  # it is done already
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_learnt_from(host, tmp_path):
+    with pytest.raises(Diverged, match=r"stopped at step 1: the loss is not a number\.$"):
+        taught(host, Schooling(steps=2, batch=4, accumulate=4), weight=float("nan"),
+               checkpoint=Checkpoint(tmp_path / "x.pt", {}))
+    assert not list(tmp_path.iterdir())
