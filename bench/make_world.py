@@ -35,7 +35,7 @@ SETTINGS = {
     "vae": {"steps": 6000, "lr": 1e-3, "shards": 8},
     "denoiser": {"steps": 22000, "lr": 1e-3},
     "words": {"steps": 4000, "lr": 4e-4, "padless": 0.8},
-    "tower": {"steps": 1000, "lr": 1e-3, "shards": 20},
+    "tower": {"steps": 3600, "lr": 1e-3, "shards": 40},
     "decoded": 4, "captions": 1000,
 }
 NAMES = "mimi", "bobo", "rex", "lulu", "ted", "zaza"
