@@ -13,6 +13,7 @@ COMMANDS = {
     "metrics": "print what the reader reads of true pictures, degraded ones and wrong ones",
     "entry": "show that the miniature obeys its captions and can draw an identity",
     "gate": "print what the gate sees of the word and of other tokens in long prompts",
+    "domain": "train the domain of creatures, after `world`",
     "tower": "print what the vision tower's class tokens say of a creature",
     "all": "everything that follows: learning rates, all methods, the table",
     "quick": "a few other creatures in ten minutes",

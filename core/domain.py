@@ -1,8 +1,9 @@
 """Domain: what a family of things has in common, learnt once: E4T's encoder and weight offsets, and their file.
 
-The file is one .safetensors in fp16 with `encoder.<layer>.weight` and `.bias`, `offset.<attention weight>.output` and
-`.input`, and string metadata. SD1.5 with CLIP-ViT-H-14: 61 MB, and 435 MB with the public files' encoder. It serves
-learning; a concept applies without it, and names by its hash the domain that it was learnt with.
+The file is one .safetensors in fp16 with `encoder.<layer>.weight` and `.bias`, in domains from public E4T files
+`offset.<attention weight>.output` and `.input` as well, and string metadata. SD1.5 with CLIP-ViT-H-14: 82 MB, and 435
+MB of public files. It serves learning; a concept applies without it, and names by its hash the domain it was learnt
+with.
 """
 
 import hashlib
@@ -22,8 +23,9 @@ from .weight_offset import Offset
 
 FORMAT = "perfusion-domain/1"
 LARGEST = 512 * 2**20  # bytes; SDXL with ViT-bigG has some 150 MB
-TENSOR = re.compile(r"encoder\.((tower|unet)(\.\d+)?|join|ln_post|out\.clip_[lgh])\.(weight|bias)|"
+TENSOR = re.compile(r"encoder\.(tower(\.\d+)?|unet|join|ln_post|out\.clip_[lgh]|values\..+\.to_v)\.(weight|bias)|"
                     r"offset\..+\.(output|input)")
+VALUE = re.compile(r"(?<=^values\.).+(?=\.(weight|bias)$)")  # the projection, in which the encoder has no dots
 AGAIN = "Load another file, or train the domain again."
 
 
@@ -47,7 +49,7 @@ class Domain:
 
 def dump(domain: Domain) -> bytes:
     """The file's bytes. Raises ValueError where a value is no fp16 number."""
-    tensors = {f"encoder.{name}": t for name, t in domain.encoder.state_dict().items()}
+    tensors = {f"encoder.{name.replace('/', '.')}": t for name, t in domain.encoder.state_dict().items()}
     for name, offset in domain.offsets.items():
         tensors |= {f"offset.{name}.output": offset.output, f"offset.{name}.input": offset.input}
     tensors = {name: t.detach().half().cpu() for name, t in tensors.items()}
@@ -85,6 +87,7 @@ def _encoder(tensors: dict[str, Tensor], name: str) -> Encoder | PublicEncoder:
     if unknown or bad:
         raise ValueError(f"'{name}' holds unknown {unknown or 'nothing'} and no numbers in {bad or 'none'}. {AGAIN}")
     state = {key.removeprefix("encoder."): t.float() for key, t in tensors.items() if key.startswith("encoder.")}
+    state = {VALUE.sub(lambda found: found[0].replace(".", "/"), key): t for key, t in state.items()}
     kind = PublicEncoder if "ln_post.weight" in state else Encoder
     try:
         encoder = kind.of(state)

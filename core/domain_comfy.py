@@ -67,12 +67,11 @@ def train_domain(model, clip, vae, clip_vision, images: Tensor, superclass: str,
     def domain():
         return course.domain(tower.hash, {
             "steps": done, "pictures": len(images), "batch": settings.batch, "seed": settings.seed,
-            "learning_rate": settings.learning_rate, "offset_learning_rate": settings.offset_learning_rate,
-            "resolution": resolution})
+            "learning_rate": settings.learning_rate, "resolution": resolution})
 
     with host.training(latents[:1]):
         seen, latents = seen.clone(), latents.clone()
-        course = Course(host, superclass, seen, latents, settings.seed)
+        course = Course(host, superclass, seen, settings.seed)
         try:
             # one picture at a time, which is what the host made room for
             train(course, data, len(images), replace(settings, accumulate=settings.batch), report=heard)

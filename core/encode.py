@@ -1,16 +1,17 @@
 """Encode Concept: a picture and a domain become a concept with no training at all.
 
-    v̄  = v(superclass) + 0.1 mean(E)      over DRAWS of a time and noise, and over the pictures
+    E, u = mean of encoder(f)             over the pictures
+    v̄  = v(superclass) + 0.1 E
     i* = mean over the frames of encode(frame(v̄)) at the word, as in tune.py
-    o* = (W_v ⊙ (1 + Δ_v)) i*             what the values answer under the domain's offsets
+    o* = W i* + u                         for a domain of public E4T files o* = (W ⊙ (1 + Δ)) i*
     keys are locked to i* itself: to what the encoder saw, and not to the superclass word, which knows nothing of it
 
-The encoder answers anew at each step of E4T's sampling; a concept is constant, so its answers are averaged. Times are
-spread evenly, each with noise of its own.
+The encoder of the public E4T files reads the UNet too and answers anew at each step of its sampling; a concept is
+constant, so its answers are averaged over DRAWS of a time and noise. Times are spread evenly, each with noise of its
+own.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from . import encoder as e4t
 from . import key_lock
 from .concept import BASES, Concept, check_word
 from .domain import Domain
+from .encoder import Encoder
 from .host import Host
 from .tune import TEMPLATES, at_the_word
 from .weight_offset import check_fit, modulate, modulated
@@ -62,21 +64,27 @@ def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass
     """
     check_word(word)
     check_fit(host.attention, domain.offsets)
-    vector, generator, encoder = host.embedding(superclass), torch.Generator().manual_seed(seed), domain.encoder
-    prompt, answers = encoder.prompt.replace("{}", superclass), []
-    with modulated(host.attention, domain.offsets) if encoder.modulated else nullcontext():
-        for k in range(draws):
-            time = torch.full((len(latents),), (k + 0.5) / draws, device=latents.device)
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            felt = host.features(latents, noise, time, prompt, encoder.places)
-            answers.append(encoder(seen, [x.cpu() for x in felt]))
-    embedding = {name: e4t.embedding(vector, {name: torch.cat([a[name] for a in answers])})[name].mean(0)
-                 for name in vector}
+    ours = isinstance(domain.encoder, Encoder)
+    E, u = domain.encoder(seen) if ours else (drawn(host, domain, seen, latents, seed, draws), {})
+    embedding = {name: v.mean(0) for name, v in e4t.embedding(host.embedding(superclass), E).items()}
     mean = at_the_word(host, word, embedding, host.frames() or list(TEMPLATES)).cpu()
     C_inv, covariance, statistics = host.inverse_covariance()
     direction, energy = key_lock.direction(C_inv, mean)
     return Concept(base=host.base, prediction=host.prediction, superclass=superclass, word=word, embedding=embedding,
                    target_input=mean, key_input=mean, direction=direction.float(),
-                   target_output={name: weight @ mean for name, weight in values(host, domain)},
+                   target_output={name: weight @ mean + (u[name].mean(0) if u else 0)
+                                  for name, weight in values(host, domain)},
                    energy=energy, covariance=covariance, domain=domain.hash,
-                   training=statistics | {"steps": 0, "pictures": len(latents), "draws": draws})
+                   training=statistics | {"steps": 0, "pictures": len(seen)})
+
+
+def drawn(host: Host, domain: Domain, seen: Tensor, latents: Tensor, seed: int, draws: int) -> dict[str, Tensor]:
+    """What the encoder of public files answers, (draws · m, d) for each text encoder."""
+    generator, answers = torch.Generator().manual_seed(seed), []
+    with modulated(host.attention, domain.offsets):
+        for k in range(draws):
+            time = torch.full((len(latents),), (k + 0.5) / draws, device=latents.device)
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            felt = host.features(latents, noise, time)
+            answers.append(domain.encoder(seen, [x.cpu() for x in felt]))
+    return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}

@@ -1,23 +1,26 @@
-"""E4T's encoder: a picture becomes the offset of a word embedding (Gal et al. 2023, arXiv 2302.12228).
+"""E4T's encoder: a picture becomes the offset of a word embedding (Gal et al. 2023, arXiv 2302.12228), and what
+Perfusion's values answer beside it.
 
     f_l (w)      the class token after every second layer of a vision tower, of the clean picture
-    g_k (w_k)    the UNet's down block k, mean over positions, of the same picture with noise at a time; without the
-                 weight offsets and without gradient
-    E  = W LeakyReLU(mean{A_l f_l + a_l, B_k g_k + b_k}) + w          each of the linear layers into HIDDEN
-    v* = v(superclass) + SCALE E        R = |E|², mean over the batch
+    h  = LeakyReLU(mean_l (A_l f_l + a_l))          each of the linear layers into HIDDEN
+    E  = W h + w             v* = v(superclass) + SCALE E        R = |SCALE E|² / |v(superclass)|², mean over the batch
+    u_p = U_p h + u_p        for each value projection p: its o* is W_p i* + u_p
 
-The order of linear layer, mean and LeakyReLU is the paper's, and so is SCALE; how the UNet's part joins the tower's is
-not said there, and is that of yoctta/sd_personalization_encoder: more members of one mean. W and w start at zero, so
-that v* starts as the superclass word.
+The order of linear layer, mean and LeakyReLU is the paper's, and so is SCALE. W, w, U and u start at zero, so that a
+picture starts as the superclass word.
 
-SD1.5 with CLIP-ViT-H-14: 16 class tokens of 1280, 4 blocks, 31.7 M numbers, 61 MB in fp16.
+The paper's encoder also reads the UNet's down blocks, of the picture with noise, and answers anew at each step of
+sampling. A concept is constant, so such answers have to be averaged; and those blocks told nothing that the tower had
+not told (bench/research.md), so they are not read here. The u are new, as is R's measure: the paper's |E|² is relative
+to a text encoder's size of words, and CLIP's are small.
 
-Letters: b batch · l layers kept of the tower · w its width · d of each text encoder.
+SD1.5 with CLIP-ViT-H-14: 16 class tokens of 1280 and 16 value projections, 43.2 M numbers, 82 MB in fp16.
+
+Letters: b batch · l layers kept of the tower · w its width · d of each text encoder · d_out of a projection.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,23 +28,20 @@ from torch import Tensor, nn
 
 SCALE = 0.1
 HIDDEN = 1280
-SLOPE = 0.1  # of LeakyReLU, as in yoctta's
+SLOPE = 0.1  # of LeakyReLU, as in yoctta/sd_personalization_encoder
 
 
 class Encoder(nn.Module):
-    """`layers` class tokens of `width`, UNet blocks of widths `blocks`, and `embeddings`: d by text encoder."""
+    """`layers` class tokens of `width`, `embeddings`: d by text encoder, and `values`: d_out by value projection."""
 
-    # What it reads of the UNet: asked with this prompt ({} the superclass word), at which places (see Host.features),
-    # and whether with the weight offsets.
-    prompt, places, modulated = "a photo of a {}", "levels", False
-
-    def __init__(self, layers: int, width: int, blocks: Sequence[int], embeddings: Mapping[str, int],
+    def __init__(self, layers: int, width: int, embeddings: Mapping[str, int], values: Mapping[str, int],
                  hidden: int = HIDDEN):
         super().__init__()
         self.tower = nn.ModuleList(nn.Linear(width, hidden) for _ in range(layers))
-        self.unet = nn.ModuleList(nn.Linear(block, hidden) for block in blocks)
         self.out = nn.ModuleDict({name: nn.Linear(hidden, d) for name, d in embeddings.items()})
-        for layer in self.out.values():
+        # a module's name may hold no dots
+        self.values = nn.ModuleDict({name.replace(".", "/"): nn.Linear(hidden, d) for name, d in values.items()})
+        for layer in (*self.out.values(), *self.values.values()):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -49,11 +49,11 @@ class Encoder(nn.Module):
     def of(cls, state: Mapping[str, Tensor]) -> "Encoder":
         """The encoder that has these tensors. Raises KeyError, ValueError or RuntimeError where they are none."""
         hidden, width = state["tower.0.weight"].shape
-        layers, levels = (sum(key.startswith(part) for key in state) // 2 for part in ("tower.", "unet."))
-        blocks = [state[f"unet.{k}.weight"].shape[1] for k in range(levels)]
-        out = {key.split(".")[1]: len(t) for key, t in state.items() if re.fullmatch(r"out\..*weight", key)}
+        layers = sum(key.startswith("tower.") for key in state) // 2
+        out, values = ({key.split(".")[1]: len(t) for key, t in sorted(state.items())
+                        if re.fullmatch(rf"{part}\..*weight", key)} for part in ("out", "values"))
         with torch.device("meta"):
-            encoder = cls(layers, width, blocks, out, hidden)
+            encoder = cls(layers, width, out, values, hidden)
         encoder.load_state_dict(state, assign=True)
         return encoder.requires_grad_(False).eval()
 
@@ -62,29 +62,22 @@ class Encoder(nn.Module):
         """f (b, l, w) of a tower's hidden states (b, n, w) after each layer."""
         return torch.stack([x[:, 0] for x in states[1::2]], 1)
 
-    def forward(self, seen: Tensor, felt: Sequence[Tensor]) -> dict[str, Tensor]:
-        """E (b, d) for each text encoder, of a tower's class tokens (b, l, w) and pooled blocks, each (b, w_k)."""
-        parts = [layer(x) for layer, x in zip(self.tower, seen.unbind(1), strict=True)]
-        parts += [layer(x) for layer, x in zip(self.unet, felt, strict=True)]
-        h = F.leaky_relu(torch.stack(parts).mean(0), SLOPE)
-        return {name: layer(h) for name, layer in self.out.items()}
+    @torch.no_grad()
+    def standardise(self, seen: Tensor):
+        """Begin, for class tokens (m, l, w) like these, around zero and with every layer's of one size.
 
+        One size for a layer's own numbers, or whitening them, makes learning slower: what a tower knows is large.
+        """
+        for layer, f in zip(self.tower, seen.to(self.tower[0].weight).unbind(1), strict=True):
+            layer.weight /= (f - f.mean(0)).square().mean().sqrt()
+            layer.bias -= layer.weight @ f.mean(0)
 
-@contextmanager
-def pooled_answers(blocks: Iterable[nn.Module]):
-    """While open, the list that it gives gets g_k (b, w_k) of each block as a UNet runs, in their order."""
-    found = []
-
-    def keep(block, inputs, answer):
-        x = answer if torch.is_tensor(answer) else answer[0]  # diffusers hands on what the way up needs beside it
-        found.append(x.float().mean((2, 3)))
-
-    hooks = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def forward(self, seen: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """E (b, d) for each text encoder and u (b, d_out) for each value projection, of class tokens (b, l, w)."""
+        h = torch.stack([layer(f) for layer, f in zip(self.tower, seen.unbind(1), strict=True)]).mean(0)
+        h = F.leaky_relu(h, SLOPE)
+        return ({name: layer(h) for name, layer in self.out.items()},
+                {name.replace("/", "."): layer(h) for name, layer in self.values.items()})
 
 
 def embedding(superclass: Mapping[str, Tensor], E: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,6 +87,7 @@ def embedding(superclass: Mapping[str, Tensor], E: Mapping[str, Tensor]) -> dict
     return {name: superclass[name].to(e) + SCALE * e for name, e in wide.items()}
 
 
-def penalty(E: Mapping[str, Tensor]) -> Tensor:
-    """R: the squared length of E, mean over the batch, summed over the text encoders."""
-    return sum(e.float().square().sum(-1).mean() for e in E.values())
+def penalty(superclass: Mapping[str, Tensor], E: Mapping[str, Tensor]) -> Tensor:
+    """R, summed over the text encoders."""
+    return sum((SCALE * e.float()).square().sum(-1).mean() / superclass[name].to(e).float().square().sum()
+               for name, e in E.items())

@@ -47,10 +47,10 @@ class Host(Protocol):
         model is conditioned on beside `context` is read from it.
         """
 
-    def features(self, latents: Tensor, noise: Tensor, time: Tensor, prompt: str, places: str) -> list[Tensor]:
-        """What the UNet answers to a prompt of plain words on its way down, mean over positions, each (b, width),
-        without gradient; see `errors`. `places` are what its "levels" end with, or all of its "layers": the first
-        convolution, each residual layer with its attention, what halves the picture, and the middle."""
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor) -> list[Tensor]:
+        """What the UNet answers to the empty prompt on its way down, mean over positions, each (b, width), without
+        gradient; see `errors`. It is asked for at the first convolution, at each residual layer with its attention, at
+        what halves the picture, and in the middle."""
 
     def check(self) -> None:
         """Raise the host's own exception where the user has cancelled."""

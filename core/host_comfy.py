@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from . import apply as applying
 from . import weight_offset
 from .covariance import captions, frames, inverse_of
-from .encoder import pooled_answers
 from .fingerprint import exact, fingerprint, sample
 from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
+from .public_encoder import pooled_answers
 from .tower import Tower, hash_of
 
 PREVIEW_STEPS, PREVIEW_CFG = 12, 6.0
@@ -98,15 +98,12 @@ def checkpointed(diffusion_model):
                 block.forward = forward
 
 
-def way_down(diffusion_model, places: str) -> list[torch.nn.Module]:
-    """What answers at the `places` of `Host.features`, in the order in which it does.
+def way_down(diffusion_model) -> list[torch.nn.Module]:
+    """What answers in `Host.features`, in the order in which it does.
 
     The last layer of each block, because the host calls layers itself and never a block.
     """
-    layers = [block[-1] for block in diffusion_model.input_blocks]
-    if places == "levels":
-        return [layer for layer in layers if type(layer).__name__ == "Downsample"] + layers[-1:]
-    return [*layers, diffusion_model.middle_block[-1]]
+    return [block[-1] for block in (*diffusion_model.input_blocks, diffusion_model.middle_block)]
 
 
 @contextmanager
@@ -237,10 +234,10 @@ class ComfyHost:
         return weight.view(b, 1, 1, 1) * (denoised - latents) ** 2
 
     @torch.no_grad()
-    def features(self, latents: Tensor, noise: Tensor, time: Tensor, prompt: str, places: str) -> list[Tensor]:
-        context = self.plain(prompt)[0].expand(len(latents), -1, -1)
-        with pooled_answers(way_down(self.patcher.model.diffusion_model, places)) as found:
-            self.errors(latents, noise, time, context, prompt)
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor) -> list[Tensor]:
+        context = self.plain("")[0].expand(len(latents), -1, -1)
+        with pooled_answers(way_down(self.patcher.model.diffusion_model)) as found:
+            self.errors(latents, noise, time, context, "")
         return found
 
     def check(self):

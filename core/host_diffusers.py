@@ -26,11 +26,11 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from . import weight_offset
 from .concept import Concept
 from .covariance import captions, frames, inverse_of
-from .encoder import pooled_answers
 from .fingerprint import fingerprint
 from .joint_edit import JointEdit, check_fit
 from .key_lock import edited
 from .prompt_diffusers import Encoders, Token, pooled, read, superclass_ids, text_weights, tokenise
+from .public_encoder import pooled_answers
 from .unet_names import comfy_name
 
 FAMILIES = {768: "sd1", 1024: "sd2", 128: "creature"}  # by the width of the text that the UNet reads
@@ -84,10 +84,8 @@ def projections(unet) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in attention(unet).items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
 
 
-def way_down(unet, places: str) -> list[torch.nn.Module]:
-    """What answers at the `places` of `Host.features`, in the order in which it does."""
-    if places == "levels":
-        return list(unet.down_blocks)
+def way_down(unet) -> list[torch.nn.Module]:
+    """What answers in `Host.features`, in the order in which it does."""
     layers = [unet.conv_in]
     for block in unet.down_blocks:
         layers += [*getattr(block, "attentions", block.resnets), *(block.downsamplers or ())]
@@ -255,10 +253,10 @@ class DiffusersHost:
         return (found.float() - target) ** 2
 
     @torch.no_grad()
-    def features(self, latents: Tensor, noise: Tensor, time: Tensor, prompt: str, places: str) -> list[Tensor]:
-        context = self.plain(prompt)[0].expand(len(latents), -1, -1)
-        with pooled_answers(way_down(self.pipe.unet, places)) as found:
-            self.errors(latents, noise, time, context, prompt)
+    def features(self, latents: Tensor, noise: Tensor, time: Tensor) -> list[Tensor]:
+        context = self.plain("")[0].expand(len(latents), -1, -1)
+        with pooled_answers(way_down(self.pipe.unet)) as found:
+            self.errors(latents, noise, time, context, "")
         return found
 
     def check(self):

@@ -18,7 +18,8 @@ l tokens · w the tower's width · d of the text encoder. G is `tower`, L₁ `un
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,6 @@ POSITIONS = "clip_vision.positional_embedding"  # as many as the tower has token
 
 class PublicEncoder(nn.Module):
     """`tokens` of a tower of `width`, `felt` numbers of the UNet, and `embeddings`: d by text encoder."""
-
-    prompt, places, modulated = "", "layers", True  # of what it reads of the UNet; see `encoder.Encoder`
 
     def __init__(self, tokens: int, width: int, felt: int, embeddings: Mapping[str, int], hidden: int):
         super().__init__()
@@ -63,6 +62,23 @@ class PublicEncoder(nn.Module):
         # a mean of the tokens and not of the maps, whose numbers would be too small for fp16
         mean = self.tower(h.flatten(1) / h.shape[1]) + self.join(u)
         return {name: layer(F.leaky_relu(mean, SLOPE)) for name, layer in self.out.items()}
+
+
+@contextmanager
+def pooled_answers(blocks: Iterable[nn.Module]):
+    """While open, the list that it gives gets g (b, w_k) of each block as a UNet runs, in their order."""
+    found = []
+
+    def keep(block, inputs, answer):
+        x = answer if torch.is_tensor(answer) else answer[0]  # diffusers hands on what the way up needs beside it
+        found.append(x.float().mean((2, 3)))
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def fold(tensors: Mapping[str, Tensor]) -> PublicEncoder:

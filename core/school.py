@@ -7,7 +7,7 @@ So a run that was killed ends at the weights of an unbroken one, and two process
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -26,8 +26,7 @@ class Schooling:
     batch: int = 16  # pictures a step, of all processes together
     accumulate: int = 1  # parts in which a process learns its share of a step, to need less memory
     seed: int = 0
-    learning_rate: float = 1e-4  # of the encoder
-    offset_learning_rate: float = 1e-3
+    learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,7 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
     machine = machine or Alone(host)
     check(settings, machine.num_processes)
     course.to(device)
-    optimizer = torch.optim.AdamW([
-        {"params": list(course.encoder.parameters()), "base": settings.learning_rate},
-        {"params": [*course.outputs, *course.inputs], "base": settings.offset_learning_rate},
-    ], weight_decay=0)
+    optimizer = torch.optim.AdamW(course.parameters(), weight_decay=0)
     begun = 0
     if checkpoint:
         own = {name: value for name, value in asdict(settings).items() if name != "accumulate"}
@@ -126,7 +122,7 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
     for step in range(begun, settings.steps):
         host.check()
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * min(1, (step + 1) / WARM_UP) * (
+            group["lr"] = settings.learning_rate * min(1, (step + 1) / WARM_UP) * (
                 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
         rows, times, generator = draw(settings, step, count)
         latents, weight, seen, captions = data(rows, generator)
@@ -137,12 +133,9 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
             lines = captions[mine][k * len(x) : (k + 1) * len(x)]
             last = k + 1 == settings.accumulate
             x, w, f, e, t = (p.to(device) for p in (x, w, f, e, t))
-            with machine.autocast():
-                felt = course.features(x, e, t)
-            # the way back is inside too: where memory is short, it computes the blocks again
-            with nullcontext() if last else machine.no_sync(module), course.modulated():
+            with nullcontext() if last else machine.no_sync(module), ExitStack() as undo:
                 with machine.autocast():
-                    loss, numbers = module(x, w, f, felt, lines, e, t)
+                    loss, numbers = module(undo, x, w, f, lines, e, t)
                 machine.backward(loss / settings.accumulate)
                 told.append([loss.item(), *numbers.values()])
         machine.clip_grad_norm_(course.parameters(), 1.0)

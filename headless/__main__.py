@@ -72,7 +72,6 @@ COMMANDS = {
         option("--batch", type=int, default=Schooling.batch, help=f"pictures a step (default {Schooling.batch})"),
         option("--accumulate", type=int, default=1, help="parts of a step, to need less memory (default 1)"),
         option("--learning-rate", type=float, default=Schooling.learning_rate, help="of the encoder"),
-        option("--offset-learning-rate", type=float, default=Schooling.offset_learning_rate, help="of the offsets"),
         option("--seed", type=int, default=0, help="default 0"),
         option("--resolution", type=int, help="pixels a side (default: what the pipeline was made for)"),
         option("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default no)"),

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPVisionModel
 
 from core import domain as domains
@@ -31,7 +32,7 @@ from .learn import open_model
 
 # A checkpoint refuses other learning rates than those that it began with, and takes another precision.
 WAY_OUT = ("A checkpoint that was written is as it was. With --precision fp16, go on from it with bf16 or no; else "
-           "begin anew with a lower --learning-rate and --offset-learning-rate and another --out. If it stops at the "
+           "begin anew with a lower --learning-rate and another --out. If it stops at the "
            "first step, the model or the VAE gives NaN by itself: use another.")
 
 
@@ -75,6 +76,8 @@ def train_domain(arguments):
     work, album = out.with_suffix(".work"), Path(arguments.pictures)
     pipe, folder = open_model(arguments.model)
     pipe.to(machine.device)
+    if machine.device.type == "cpu":
+        pipe.unet.set_attn_processor(AttnProcessor())  # the fused attention's way back is slower there
     tower = open_tower(arguments.tower)
     resolution = arguments.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder)
@@ -83,7 +86,7 @@ def train_domain(arguments):
     with machine.main_process_first():
         latents, tokens = seen(paths, album, work, host, tower, resolution)
     settings = Schooling(arguments.steps, arguments.batch, arguments.accumulate, arguments.seed,
-                         arguments.learning_rate, arguments.offset_learning_rate)
+                         arguments.learning_rate)
     train_on = len(paths) - HELD  # the last ones are held out
 
     checkpoint = Checkpoint(work / "checkpoint.pt", facts_of(host, tower, album, paths, lines, resolution))
@@ -95,8 +98,7 @@ def train_domain(arguments):
 
     def domain(course, step):
         facts = {"steps": step, "pictures": train_on, "batch": settings.batch, "seed": settings.seed,
-                 "learning_rate": settings.learning_rate, "offset_learning_rate": settings.offset_learning_rate,
-                 "resolution": resolution, "model": Path(arguments.model).name}
+                 "learning_rate": settings.learning_rate, "resolution": resolution, "model": Path(arguments.model).name}
         return course.domain(tower.hash, facts)
 
     def sample(course, step):
@@ -118,7 +120,7 @@ def train_domain(arguments):
                   flush=True)
 
     with host.training(latents[:1].float()):
-        course = Course(host, arguments.superclass, tokens, latents, settings.seed)
+        course = Course(host, arguments.superclass, tokens, settings.seed)
         try:
             train(course, data, train_on, settings, machine, checkpoint, arguments.every, say, sample)
         except Diverged as error:

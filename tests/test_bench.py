@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perfusion.bench import creatures, examine, peers, table, world
+from perfusion.bench import creatures, domain, examine, peers, table, world
 from perfusion.core import host_diffusers
 from perfusion.core.host_diffusers import DiffusersHost
 from perfusion.core.tune import TEMPLATES
@@ -180,3 +180,13 @@ def test_errors_are_over_creatures_after_seeds_and_pairs_are_of_what_both_had():
     pair = next(table.paired("perfusion", "lora", ours, theirs, 5))
     assert (pair["n"], pair["metric"]) == (2, "identity")
     assert pair["mean"] == pytest.approx(0.2) and pair["se"] == pytest.approx(0.1, abs=1e-5)
+
+
+def test_a_domains_captions_say_the_context_and_nothing_of_who_it_is(tmp_path):
+    domain.draw(tmp_path, 5)
+    who = {words for factor in world.FACTORS["creature"] for words in factor.words}
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    for path in tmp_path.glob("*.txt"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) == domain.WORDINGS and all(line.count("{}") == 1 for line in lines)
+        assert not [words for line in lines for words in who if f" {words} " in f" {line} "]

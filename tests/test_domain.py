@@ -18,8 +18,8 @@ NAMES = "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "middle_block.1.tran
 @pytest.fixture
 def domain():
     torch.manual_seed(0)
-    encoder = Encoder(3, 10, (6, 8), {"clip_l": 5, "clip_g": 7}, hidden=16)
-    for layer in encoder.out.values():
+    encoder = Encoder(3, 10, {"clip_l": 5, "clip_g": 7}, {NAMES[1]: 4}, hidden=16)
+    for layer in (*encoder.out.values(), *encoder.values.values()):
         torch.nn.init.normal_(layer.weight)
     encoder.load_state_dict({name: t.half().float() for name, t in encoder.state_dict().items()})
     offsets = {name: Offset(torch.randn(3, 4).half().float(), torch.randn(2, 6).half().float()) for name in NAMES}
@@ -39,9 +39,9 @@ def test_a_domain_comes_back_from_its_file_and_answers_alike(domain, tmp_path):
     assert dump(found) == dump(domain) == path.read_bytes() and found.hash == domain.hash
     assert (found.base, found.prediction, found.superclass, found.tower, found.training) == (
         "sd1", "eps", "cat", "0123", {"steps": 3, "rate": 1e-3})
-    seen, felt = torch.randn(2, 3, 10), [torch.randn(2, 6), torch.randn(2, 8)]
-    here, there = domain.encoder(seen, felt), found.encoder(seen, felt)
-    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    seen = torch.randn(2, 3, 10)
+    for here, there in zip(domain.encoder(seen), found.encoder(seen)):
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
     assert found.offsets.keys() == set(NAMES)
     assert all(torch.equal(a, b) for name in NAMES for a, b in zip(found.offsets[name], domain.offsets[name]))
     assert not any(p.requires_grad for p in found.encoder.parameters())
@@ -68,7 +68,9 @@ def test_what_fp16_cannot_hold_is_not_saved(domain, tmp_path):
     (dict(tensors={"encoder.tower.0.weight": torch.zeros(3)}), "encoder in 'x' is damaged"),
     (dict(tensors={"encoder.out.clip_l.weight": None, "encoder.out.clip_g.weight": None}), "encoder in 'x' is damaged"),
     (dict(tensors={"encoder.out.clip_l.bias": torch.full((5,), torch.nan)}), "no numbers"),
-    (dict(tensors={"encoder.unet.0.bias": torch.zeros(16, dtype=torch.int32)}), "no numbers"),
+    (dict(tensors={"encoder.tower.0.bias": torch.zeros(16, dtype=torch.int32)}), "no numbers"),
+    (dict(tensors={f"encoder.values.{NAMES[1]}.bias": None}), "encoder in 'x' is damaged"),
+    (dict(tensors={f"encoder.values.{NAMES[1]}.weight": torch.zeros(4, 9)}), "encoder in 'x' is damaged"),
     (dict(tensors={"other": torch.zeros(1)}), "unknown"),
     (dict(tensors={f"offset.{NAMES[0]}.input": None}), "factors"),
     (dict(tensors={f"offset.{NAMES[0]}.input": torch.zeros(3, 6)}), "factors"),

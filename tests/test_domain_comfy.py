@@ -78,7 +78,7 @@ def test_class_tokens_and_hash_are_those_of_transformers(towers):
 def test_a_domain_is_trained_and_a_picture_encoded_with_it(trained, towers, kind):
     parts, folder, domain = trained(kind)
     assert domain.training["steps"] == 2 and domain.training["pictures"] == 3
-    assert any(offset.output.abs().max() > 0 for offset in domain.offsets.values())
+    assert all(layer.weight.abs().max() > 0 for layer in domain.encoder.values.values())
     concept = encode(parts, folder, parse(domains.dump(domain), "x"), towers[0])
     assert concept.base == kind.split("-")[0] and concept.training["steps"] == 0
     assert dump(encode(parts, folder, parse(domains.dump(domain), "x"), towers[0])) == dump(concept)
@@ -151,5 +151,5 @@ def test_where_memory_is_short_the_same_is_learnt_with_blocks_computed_again(tra
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *a, **k: 0)
     again = domain_comfy.train_domain(*tiny("sd1"), towers[0], PICTURES, "cat", FAST, 64, folder,
                                       lambda done, total: None, lambda schooled: None, pytest.fail)
-    for name, offset in again.offsets.items():
-        torch.testing.assert_close(offset.output, domain.offsets[name].output, atol=1e-5, rtol=1e-3)
+    for name, layer in again.encoder.values.items():
+        torch.testing.assert_close(layer.weight, domain.encoder.values[name].weight, atol=1e-5, rtol=1e-3)

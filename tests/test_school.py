@@ -89,7 +89,7 @@ def test_a_run_leaves_a_domain_samples_and_a_checkpoint(place, unbroken):
     work = place / "unbroken.work"
     assert {p.name for p in work.glob("sample-*")} == {"sample-000002.png", "sample-000004.png"}
     assert unbroken.superclass == "creature" and unbroken.training["steps"] == 4
-    assert any(t.abs().max() > 0 for t in (offset.output for offset in unbroken.offsets.values()))
+    assert all(layer.weight.abs().max() > 0 for layer in unbroken.encoder.values.values())
 
 
 def test_a_broken_run_ends_as_an_unbroken_one(place, school, unbroken, tmp_path):

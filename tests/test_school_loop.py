@@ -35,7 +35,7 @@ def taught(host, settings, superclass=CREATURE, weight=1.0, **more):
         return latents[rows], torch.full((len(rows), 1, 8, 8), weight), seen[rows], ["a photo of a {}"] * len(rows)
 
     with host.training(latents[:1]):
-        course = Course(host, superclass, seen, latents, hidden=8)
+        course = Course(host, superclass, seen, hidden=8)
         train(course, data, len(latents), settings, **{"report": heard.append} | more)
     return course, heard
 

@@ -1,0 +1,51 @@
+"""`python -m bench domain`: a domain of the creature world, trained by the pack's own command on a folder of pictures.
+
+Each picture is of a training identity, alone, with captions beside it that say the whole context and nothing of who it
+is: that is left to the encoder. Where it stopped, it goes on.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+
+import torch
+from PIL import Image
+
+from . import world
+from .examine import DEMO, DEVICE, SUPERCLASS
+from .make_world import ROOT, WORK, cores
+
+SEED, PICTURES, WORDINGS, CHUNK = 3, 6000, 4, 200
+TRAINED = WORK / f"{SUPERCLASS}.safetensors"
+SETTINGS = {"steps": 5000, "batch": 32, "learning_rate": 2e-3, "every": 500, "precision": "bf16"}
+
+
+def draw(folder, n=PICTURES):
+    """Write n pictures with their captions, those that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, n, CHUNK):
+        if (folder / f"{min(first + CHUNK, n) - 1:05}.txt").exists():
+            continue
+        generator = torch.Generator().manual_seed(SEED * 100_000 + first)
+        context = world.contexts(CHUNK, generator, company="alone")
+        who = world.identities(CHUNK, "train", SUPERCLASS, generator)
+        pictures = (world.render(SUPERCLASS, who, context)[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        captions = [world.context_caption(context, "{}", generator=generator) for _ in range(WORDINGS)]
+        for k in range(min(CHUNK, n - first)):
+            Image.fromarray(pictures[k]).save(folder / f"{first + k:05}.png")
+            lines = "\n".join(said[k] for said in captions)
+            (folder / f"{first + k:05}.txt").write_text(lines + "\n", encoding="utf-8")
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    folder = WORK / f"domain-{SUPERCLASS}"
+    draw(folder)
+    processes = ["--num_processes", str(cores()), "--cpu"] if DEVICE == "cpu" else ["--num_processes", "1"]
+    settings = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *processes, "-m", "headless", "train-domain",
+                    DEMO, folder, "--tower", DEMO / "vision", "--superclass", SUPERCLASS, "--out", TRAINED, *settings],
+                   cwd=ROOT, check=True)
+    (DEMO / "domains").mkdir(exist_ok=True)
+    shutil.copy(TRAINED, DEMO / "domains" / TRAINED.name)
