@@ -53,6 +53,11 @@ def frames(lines: list[str], superclass: str) -> list[str]:
     return (named + others)[:FRAMES]
 
 
+def name_of(encoder: str, lines: list[str]) -> str:
+    """The covariance's hash, by which concepts and files name it, of a text encoder (its hash) and captions."""
+    return fingerprint(encoder, lines)[:32]
+
+
 def inverse_of(
     encode: Callable[[list[str]], list[Tensor]],
     encoder: str,
@@ -65,8 +70,8 @@ def inverse_of(
     `encode` gives the encodings (n, d) of each of a few captions, start to first end token; `encoder` is the hash of
     the text encoder that it uses, which with the captions names the file. `progress` hears (done, total) captions.
     """
-    key = fingerprint(encoder, lines)
-    path = Path(folder) / "covariance" / f"{key[:32]}.safetensors"
+    key = name_of(encoder, lines)
+    path = Path(folder) / "covariance" / f"{key}.safetensors"
     try:
         stored = safetensors.torch.load_file(path)
         C, tokens = stored["covariance"], int(stored["tokens"])
@@ -84,4 +89,4 @@ def inverse_of(
     if ridge:
         logging.warning(f"Perfusion: {len(lines)} captions ({tokens} tokens) are few for a text width of {len(C)}; "
                         f"a ridge of {ridge} of the mean eigenvalue is added. Some thousands of captions need none.")
-    return invert(C, ridge), key[:32], {"captions": len(lines), "tokens": tokens, "ridge": ridge}
+    return invert(C, ridge), key, {"captions": len(lines), "tokens": tokens, "ridge": ridge}

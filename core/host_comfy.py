@@ -64,6 +64,11 @@ def text_weights(clip) -> dict:
     return {name: (tuple(w.shape), sample(w).half(), patches) for name, ((w, _), *patches) in weights.items()}
 
 
+def text_key(clip) -> str:
+    """The hash of a text encoder and its clip skip, by which its covariance is found."""
+    return fingerprint(text_weights(clip), clip.layer_idx)
+
+
 def encode_chunks(encode, prompts: list[dict]) -> tuple[Tensor, list[list]]:
     """Encodings (b, 77, d) of each tokenised prompt's first chunk in one call, and the first encoder's chunks.
 
@@ -175,8 +180,7 @@ class ComfyHost:
             x, tokens = encode_chunks(self.clip.encode_from_tokens, found)
             return [row[: self.end(chunk) + 1] for row, chunk in zip(x, tokens)]
 
-        key = fingerprint(text_weights(self.clip), self.clip.layer_idx)
-        return inverse_of(encode, key, captions(self.folder), self.folder, self.progress)
+        return inverse_of(encode, text_key(self.clip), captions(self.folder), self.folder, self.progress)
 
     def end(self, chunk) -> int:
         """Place of the first end token in a chunk of (token, weight)."""

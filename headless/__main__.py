@@ -13,6 +13,7 @@ from core.tune import Tuning
 from .comfy import ROOT, serve
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .domain import train_domain
 from .learn import apply, tune
 
@@ -88,6 +89,7 @@ COMMANDS = {
         option("--tower", help="of a tuned folder: a folder of the CLIP vision model, CLIP-ViT-H-14"),
         option("--out", default=".", help="a .safetensors file, or a folder for one named after the word (default .)"),
     ),
+    doctor: (option("files", nargs="+", metavar="file", help="a concept, a domain, or a folder of them"),),
 }
 
 

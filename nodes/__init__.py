@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .concept import ApplyConcept, GateStrength, LoadConcept, SaveConcept
 from .demo import DemoModel
+from .doctor import ConceptDoctor
 from .domain import EncodeConcept, LoadDomain, TrainDomain
 from .folders import register
 from .learn import QuickTune
@@ -12,7 +13,7 @@ from .learn import QuickTune
 class PerfusionExtension(ComfyExtension):
     async def get_node_list(self):
         return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel, LoadDomain, EncodeConcept,
-                TrainDomain]
+                TrainDomain, ConceptDoctor]
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

@@ -2,6 +2,7 @@
 output/perfusion and output/perfusion/domains for what was just saved."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import folder_paths
@@ -70,3 +71,9 @@ def save_domain(domain: domains.Domain, name: str) -> Path:
     """Write the domain under output/perfusion/domains, never over another one."""
     data = domains.dump(domain)
     return files.write(free(name, data, DOMAINS), data)
+
+
+def found() -> dict[str, dict[Path, list[Path]]]:
+    """For each kind ("concept", "domain") the folders that are looked in, and what is in the list from each."""
+    return {word: {Path(place): [path for name in names(kind) if os.path.lexists(path := Path(place, name))]
+                   for place in folder_paths.get_folder_paths(kind)} for kind, (word, _, _) in KINDS.items()}

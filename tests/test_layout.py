@@ -10,7 +10,8 @@ FILES = sorted(path for room in ("core", "nodes", "headless") for path in (ROOT 
 CORE = [path for path in FILES if path.parent.name == "core"]
 LONGEST = 400  # lines
 
-COMFY = {"host_comfy", "prompt", "apply", "demo_comfy"}  # files of core that may import ComfyUI's library
+# files of core that may import ComfyUI's library
+COMFY = {"host_comfy", "prompt", "apply", "demo_comfy", "doctor_comfy"}
 UPON = {"quick_tune", "domain_comfy"}  # what stands upon these, for ComfyUI's nodes
 # files of core that import torch only, never each other
 ALONE = {"key_lock", "weight_offset", "encoder", "public_encoder", "openclip"}

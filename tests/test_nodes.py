@@ -24,6 +24,7 @@ PROMISED = {
     "PerfusionLoadDomain": "domain_name",
     "PerfusionEncodeConcept": "domain model clip vae clip_vision image superclass word mask",
     "PerfusionTrainDomain": "model clip vae clip_vision images superclass name steps seed resolution batch",
+    "PerfusionConceptDoctor": "model clip concept domain",
 }
 OUTPUTS = {
     "PerfusionQuickTune": ["PERFUSION_CONCEPT"],
@@ -35,6 +36,7 @@ OUTPUTS = {
     "PerfusionLoadDomain": ["PERFUSION_DOMAIN"],
     "PerfusionEncodeConcept": ["PERFUSION_CONCEPT"],
     "PerfusionTrainDomain": ["PERFUSION_DOMAIN"],
+    "PerfusionConceptDoctor": ["STRING"],
 }
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -143,7 +145,8 @@ def test_the_pack_imports_only_what_requirements_and_the_host_name():
     import ast
 
     named = {line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
-    host = {"comfy", "comfy_api", "folder_paths", "server", "PIL"}  # Pillow is in ComfyUI's requirements
+    # Pillow is in ComfyUI's requirements
+    host = {"comfy", "comfy_api", "comfyui_version", "folder_paths", "server", "PIL"}
     loaded = set((ROOT / "core").glob("*.py")) - {ROOT / "core" / "host_diffusers.py"}  # for machines without ComfyUI
     for path in [*loaded, *(ROOT / "nodes").glob("*.py"), ROOT / "__init__.py"]:
         for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
