@@ -6,16 +6,33 @@ cannot do it raises as a ValueError or OSError with a sentence; that goes to std
 
 import argparse
 import sys
+from importlib import import_module
 
 from core.school import Schooling
 from core.tune import Tuning
 
 from .comfy import ROOT, serve
-from .convert import convert
-from .demo import demo
 from .doctor import doctor
-from .domain import train_domain
-from .learn import apply, tune
+
+
+def found(module: str, name: str):
+    """A command's function, or where a package is missing one that says so: ComfyUI's Python has no diffusers, and
+    the doctor works in it."""
+    try:
+        return getattr(import_module(f".{module}", __package__), name)
+    except ModuleNotFoundError as error:
+        lacking = error.name
+
+    def refuse(arguments):
+        raise ValueError(f"This command needs the package {lacking}, which this Python lacks. Run it in the "
+                         "pack's own, which `make setup` makes; ComfyUI's is better left as it is.")
+
+    refuse.__name__, refuse.__doc__ = name, f"Needs the package {lacking}."
+    return refuse
+
+
+apply, tune = found("learn", "apply"), found("learn", "tune")
+convert, demo, train_domain = found("convert", "convert"), found("demo", "demo"), found("domain", "train_domain")
 
 
 def comfy(arguments):

@@ -1,6 +1,8 @@
 """Concept Doctor without a host: whatever it is given, it says what that is or what is wrong with it, in sentences."""
 
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -155,3 +157,14 @@ def test_the_command_looks_at_files_and_at_all_in_a_folder(main, tmp_path, capsy
     assert said.err == "" and said.out.startswith("# Concept Doctor\n\n2 things to look at")
     assert [line.rpartition("/")[2] for line in said.out.splitlines() if line.startswith("## ")][1:] == [
         "bad.safetensors", "mimi.safetensors", "cats.safetensors", "gone"]
+
+
+def test_the_command_works_in_a_python_without_diffusers_and_the_others_say_what_they_lack(tmp_path):
+    def run(*arguments):
+        code = "import sys; sys.modules['diffusers'] = None; from headless.__main__ import main; sys.exit(main())"
+        return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    done = run("doctor", str(save(learnt(), tmp_path / "mimi.safetensors")))
+    assert done.returncode == 0 and "Nothing is wrong." in done.stdout, done.stderr
+    done = run("demo")
+    assert done.returncode == 2 and done.stderr.startswith("This command needs the package diffusers")
