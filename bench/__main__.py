@@ -19,6 +19,7 @@ COMMANDS = {
     "quick": "a few other creatures in ten minutes",
     "creatures": "personalise held-out creatures, or a share of them",
     "table": "draw the table and the picture of the results",
+    "sign": "draw the icon and the banner for the Comfy registry",
 }
 
 

@@ -59,7 +59,7 @@ def serve(base: Path, port: int, *extra: str) -> subprocess.Popen:
     for name in ("custom_nodes", "models/checkpoints", "input", "output", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / "perfusion-concepts"
-    if not link.is_symlink():
+    if not os.path.lexists(link):  # else it is linked already, or is the pack itself
         link.symlink_to(ROOT, target_is_directory=True)
     put(ROOT / "demo" / "pictures", base / "input", "*.png")
     put(ROOT / "example_workflows", base / "user" / "default" / "workflows", "*.json")

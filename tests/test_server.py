@@ -32,6 +32,15 @@ class Server:
             text = answer.read()
         return json.loads(text) if text else None
 
+    def wait_until_up(self, process):
+        for _ in range(600):
+            try:
+                return self.call("/system_stats")
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.2)
+        raise AssertionError("the server does not answer")
+
     def queue(self, graph):
         return self.call("/prompt", {"prompt": graph})["prompt_id"]
 
@@ -75,13 +84,7 @@ def server(tmp_path_factory):
     Image.fromarray(data.chelsea()).save(base / "input" / "cat.png")
     process = serve(base, port)
     talk = Server(port, base)
-    for _ in range(600):
-        try:
-            talk.call("/system_stats")
-            break
-        except (urllib.error.URLError, ConnectionError):
-            assert process.poll() is None, "the server ended"
-            time.sleep(0.2)
+    talk.wait_until_up(process)
     yield talk
     process.terminate()
     process.wait(20)
