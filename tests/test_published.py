@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from test_server import Server, node
+from served import serving
+from test_server import node
 
 pytestmark = pytest.mark.host
 ROOT = Path(__file__).parent.parent
@@ -80,20 +80,13 @@ def archive(tmp_path_factory):
 def server(archive):
     from perfusion.headless.comfy import find
 
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as s:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMFYUI_PATH", str(find()))
         spec = importlib.util.spec_from_file_location("published_comfy", archive / "headless" / "comfy.py")
         comfy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(comfy)
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-        s.close()
-        process = comfy.serve(archive.parent.parent, port)
-    talk = Server(port, archive.parent.parent)
-    talk.wait_until_up(process)
-    yield talk
-    process.terminate()
-    process.wait(20)
+        with serving(archive.parent.parent, comfy.serve) as talk:
+            yield talk
 
 
 def test_the_archive_alone_has_all_nodes_and_makes_a_picture_of_the_demo(server, archive, pack):

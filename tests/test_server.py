@@ -1,13 +1,11 @@
 """The pack in ComfyUI's real server: the artist's first graph, a re-queue, a cancel, and a mistake."""
 
-import json
-import socket
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+
+from served import as_prompt, serving
 
 pytestmark = pytest.mark.host
 HERE = Path(__file__).parent
@@ -19,58 +17,14 @@ NODE_CLASS_MAPPINGS = {{}}
 """
 
 
-class Server:
-    """Speaks to a running ComfyUI."""
-
-    def __init__(self, port, base):
-        self.url, self.base = f"http://127.0.0.1:{port}", base
-
-    def call(self, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
-
-    def wait_until_up(self, process):
-        for _ in range(600):
-            try:
-                return self.call("/system_stats")
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, "the server ended"
-                time.sleep(0.2)
-        raise AssertionError("the server does not answer")
-
-    def queue(self, graph):
-        return self.call("/prompt", {"prompt": graph})["prompt_id"]
-
-    def wait(self, prompt_id, seconds=180):
-        for _ in range(seconds * 10):
-            history = self.call(f"/history/{prompt_id}")
-            if history:
-                run = history[prompt_id]
-                errors = [m[1] for m in run["status"]["messages"] if m[0] == "execution_error"]
-                return run["status"]["status_str"], run["outputs"], errors
-            time.sleep(0.1)
-        raise AssertionError("the run did not end")
-
-    def run(self, graph):
-        return self.wait(self.queue(graph))
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     from PIL import Image
     from skimage import data
 
-    from perfusion.headless.comfy import serve
-
     import checkpoints
 
     base = tmp_path_factory.mktemp("server")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     (base / "custom_nodes" / "tiny").mkdir(parents=True)
     (base / "custom_nodes" / "tiny" / "__init__.py").write_text(REGISTER.format(here=str(HERE)))
     (base / "models" / "checkpoints").mkdir(parents=True)
@@ -82,12 +36,8 @@ def server(tmp_path_factory):
     (base / "models" / "perfusion" / "captions.txt").write_text("\n".join(captions[:256]), encoding="utf-8")
     (base / "input").mkdir()
     Image.fromarray(data.chelsea()).save(base / "input" / "cat.png")
-    process = serve(base, port)
-    talk = Server(port, base)
-    talk.wait_until_up(process)
-    yield talk
-    process.terminate()
-    process.wait(20)
+    with serving(base) as talk:
+        yield talk
 
 
 def node(kind, **inputs):
@@ -201,31 +151,6 @@ def test_a_mistake_gets_a_sentence_on_the_node(server, change, sentence):
 
 def test_the_web_folder_is_served(server):
     assert any("perfusion" in path for path in server.call("/extensions"))
-
-
-def as_prompt(workflow, info):
-    """A saved workflow as the screen queues it: links and widgets by name."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    prompt = {}
-    for box in workflow["nodes"]:
-        if box["type"] == "MarkdownNote":
-            continue
-        kind, values = info[box["type"]], iter(box["widgets_values"])
-        linked = {socket["name"]: links[socket["link"]] for socket in box["inputs"] if socket["link"]}
-        given = {}
-        for name, (of, *options) in {**kind["input"]["required"], **kind["input"].get("optional", {})}.items():
-            options = options[0] if options else {}
-            widget = isinstance(of, list) or of in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-            if name in linked:
-                given[name] = linked.pop(name)
-            elif widget and not options.get("forceInput"):
-                given[name] = next(values)
-                if options.get("control_after_generate") or box["type"] == "KSampler" and name == "seed":
-                    next(values)
-        assert not linked, f"{box['type']} has no {linked}"
-        assert list(values) in ([], ["image"]), f"{box['type']} has more widgets than inputs"  # the upload button
-        prompt[str(box["id"])] = {"class_type": box["type"], "inputs": given}
-    return prompt
 
 
 def test_the_demo_workflow_is_in_the_list_and_runs_on_the_demo_model(server):
