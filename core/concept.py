@@ -21,6 +21,7 @@ from .key_lock import TEMPERATURE, bias_of
 FORMAT = "perfusion-concept/1"
 BASES = {"sd1": "SD1.5", "sd2": "SD2.x", "sdxl": "SDXL", "creature": "the creature demo"}
 LARGEST = 16 * 2**20  # bytes; SDXL with a cover is far below
+LARGEST_EMBEDDED = 2**20  # characters; SDXL has 251,000, and every picture holds them twice
 WORD = re.compile(r"<[\w-]+>")
 TENSOR = re.compile(r"embedding\.(clip_[lgh])|target_input|key_input|direction|target_output\..+")
 
@@ -93,6 +94,8 @@ def dump(concept: Concept) -> bytes:
         "modelspec.implementation": "https://arxiv.org/abs/2305.01644",
         "modelspec.title": f"{concept.word} ({concept.superclass})",
         "modelspec.trigger_phrase": concept.word,
+        "modelspec.description": f"One {concept.superclass}, for {BASES[concept.base]}",
+        "modelspec.usage_hint": f"Strength {concept.strength:g}",
     }
     metadata |= {name: str(getattr(concept, name)) for name in
                  ("base", "prediction", "superclass", "word", "strength", "energy", "covariance", "domain")}
@@ -167,19 +170,37 @@ def _assemble(tensors: dict[str, Tensor], facts: dict, name: str, again: str) ->
     )
 
 
+def check_size(size: int, name: str):
+    """Raise ValueError where a file of `size` bytes is too large for a concept."""
+    if size > LARGEST:
+        raise ValueError(f"'{name}' has {size / 2**20:.0f} MB; a concept has less than one. "
+                         "This is another kind of file.")
+
+
 def load(path, sha256: str = "") -> Concept:
     """The concept in a file. Where `sha256` is given the file must be that very one. Raises ValueError."""
     path = Path(path)
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"'{path.name}' has {path.stat().st_size / 2**20:.0f} MB; a concept has less than one. "
-                         "This is another kind of file.")
+    check_size(path.stat().st_size, path.name)
     return _verified(path.read_bytes(), path.name, sha256)
+
+
+def embed(concept: Concept) -> tuple[str, str]:
+    """What a workflow carries: base64 of the concept's file without the cover, and the SHA-256 of that file.
+
+    Raises ValueError where it is too large to travel.
+    """
+    data = dump(concept.replace(cover=""))
+    text = base64.b64encode(data).decode()
+    if len(text) > LARGEST_EMBEDDED:
+        raise ValueError(f"{concept.word} would add {len(text) / 2**20:.1f} MB to the workflow; it may add one. "
+                         "Share its file beside the workflow.")
+    return text, hashlib.sha256(data).hexdigest()
 
 
 def unpack(text: str, sha256: str = "") -> Concept:
     """The concept that a workflow carries as base64. Raises ValueError."""
-    if len(text) > LARGEST:
-        raise ValueError(f"The concept in the workflow has {len(text) / 2**20:.0f} MB; it should have less than one. "
+    if len(text) > LARGEST_EMBEDDED:
+        raise ValueError(f"The concept in the workflow has {len(text) / 2**20:.1f} MB; it should have less than one. "
                          "Ask for the file and load it by name.")
     try:
         data = base64.b64decode(text, validate=True)
@@ -194,7 +215,7 @@ def _verified(data: bytes, name: str, sha256: str) -> Concept:
     if sha256 and came != sha256:
         raise ValueError(
             f"The workflow was made with another '{name}' (its hash {sha256[:12]}, this one's {came[:12]}). "
-            "Get the file that it was made with, or choose this one again in the list to use it."
+            "Get the file that it was made with, or press 'Use this file' on the node to go on with this one."
         )
     return parse(data, name)
 

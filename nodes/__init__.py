@@ -1,7 +1,9 @@
 """The nodes, in the order in which an artist meets them."""
 
 from comfy_api.latest import ComfyExtension
+from server import PromptServer
 
+from . import routes
 from .concept import ApplyConcept, GateStrength, LoadConcept, SaveConcept
 from .demo import DemoModel
 from .doctor import ConceptDoctor
@@ -18,4 +20,5 @@ class PerfusionExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> PerfusionExtension:
     register()
+    routes.register(PromptServer.instance.routes)
     return PerfusionExtension()

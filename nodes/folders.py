@@ -50,12 +50,14 @@ def find(name: str, kind: str = NAME) -> Path:
 def free(name: str, data: bytes, kind: str = NAME) -> Path:
     """A path under output/perfusion for what is to be saved: its name, numbered where another file has it.
 
-    A file with the very same content is the same and keeps its name.
+    A file with the very same content is the same and keeps its name. Every folder of the list is looked through: of
+    two files of one name the list would give the first, and that might be the other one.
     """
     name = Path(name.strip().removesuffix(".safetensors")).name or KINDS[kind][0]
     digest = hashlib.sha256(data).digest()
     for number in range(1, 10**6):
-        path = saved(kind) / (f"{name}.safetensors" if number == 1 else f"{name}-{number}.safetensors")
+        listed = f"{name}.safetensors" if number == 1 else f"{name}-{number}.safetensors"
+        path = Path(folder_paths.get_full_path(kind, listed) or saved(kind) / listed)
         if not path.exists() or hashlib.sha256(path.read_bytes()).digest() == digest:
             return path
     raise AssertionError("a million files of one name")
@@ -64,7 +66,8 @@ def free(name: str, data: bytes, kind: str = NAME) -> Path:
 def save(concept: files.Concept, name: str) -> Path:
     """Write the concept under output/perfusion, never over another one."""
     data = files.dump(concept)
-    return files.write(free(name, data), data)
+    path = free(name, data)
+    return path if path.exists() else files.write(path, data)
 
 
 def save_domain(domain: domains.Domain, name: str) -> Path:

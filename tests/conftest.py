@@ -45,8 +45,11 @@ def pack(tmp_path_factory):
     import asyncio
 
     import folder_paths
+    from server import PromptServer
 
     base = tmp_path_factory.mktemp("base")
+    loop = asyncio.new_event_loop()
+    PromptServer(loop)  # not started; it is where the pack adds its routes
     before = folder_paths.models_dir, folder_paths.get_output_directory()
     folder_paths.models_dir = str(base / "models")
     folder_paths.set_output_directory(str(base / "output"))
@@ -56,6 +59,8 @@ def pack(tmp_path_factory):
         return await (await comfy_entrypoint()).get_node_list()
 
     yield {node.define_schema().node_id: node for node in asyncio.run(nodes())}
+    loop.close()
+    del PromptServer.instance
     folder_paths.models_dir = before[0]
     folder_paths.set_output_directory(before[1])
     for name in "perfusion", "perfusion_domains":

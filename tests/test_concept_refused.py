@@ -212,5 +212,5 @@ def test_another_file_than_the_workflows_is_refused_by_both_hashes(tmp_path):
     path = save(learnt(), tmp_path / "mimi.safetensors")
     came = hashlib.sha256(path.read_bytes()).hexdigest()
     wanted = hashlib.sha256(b"another").hexdigest()
-    with pytest.raises(ValueError, match=f"another 'mimi.safetensors'.*{wanted[:12]}.*{came[:12]}.*choose this one"):
+    with pytest.raises(ValueError, match=f"another 'mimi.safetensors'.*{wanted[:12]}.*{came[:12]}.*Use this file"):
         load(path, wanted)

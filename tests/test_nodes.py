@@ -145,8 +145,8 @@ def test_the_pack_imports_only_what_requirements_and_the_host_name():
     import ast
 
     named = {line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
-    # Pillow is in ComfyUI's requirements
-    host = {"comfy", "comfy_api", "comfyui_version", "folder_paths", "server", "PIL"}
+    # Pillow and aiohttp are in ComfyUI's requirements
+    host = {"comfy", "comfy_api", "comfyui_version", "folder_paths", "server", "PIL", "aiohttp"}
     loaded = set((ROOT / "core").glob("*.py")) - {ROOT / "core" / "host_diffusers.py"}  # for machines without ComfyUI
     for path in [*loaded, *(ROOT / "nodes").glob("*.py"), ROOT / "__init__.py"]:
         for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -182,6 +182,18 @@ def test_saving_never_replaces_another_concept_and_the_same_one_keeps_its_name(p
     second = folders.save(concept.replace(strength=0.9), "mimi")
     assert second.name == "mimi-2.safetensors" and first.exists()
     assert folders.save(concept, "../../outside").parent == first.parent
+
+
+def test_a_name_that_a_models_folder_has_already_is_not_given_to_another_concept(pack, concept):
+    from perfusion.core.concept import dump
+    from perfusion.nodes import folders
+
+    there = folders.models() / "concepts" / "taken.safetensors"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(dump(concept))
+    assert folders.save(concept, "taken") == there  # it is there, and the list gives that one
+    other = folders.save(concept.replace(strength=0.9), "taken")
+    assert other.name == "taken-2.safetensors" and folders.find(other.name) == other
 
 
 def test_a_concept_that_travels_in_the_workflow_needs_no_file(pack, concept):

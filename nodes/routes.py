@@ -1,0 +1,55 @@
+"""What the browser asks of the server: a concept of the list as a workflow carries it, and a concept to put into it.
+
+A name is looked up in the list and nowhere else, and what is written goes through `folders.save`.
+"""
+
+import hashlib
+
+from aiohttp import web
+
+from ..core import concept as files
+from . import folders
+
+
+def _facts(concept: files.Concept) -> dict:
+    return {"word": concept.word, "superclass": concept.superclass, "base": files.BASES[concept.base]}
+
+
+def _refused(error: ValueError | OSError, status: int) -> web.Response:
+    return web.json_response({"error": str(error)}, status=status)
+
+
+def register(routes: web.RouteTableDef):
+    """Add the pack's two routes to the host's."""
+
+    @routes.get("/perfusion/concept")
+    async def read(request):
+        """The concept `name` of the list: its file's hash, its facts, and itself as a workflow carries it."""
+        name = request.query.get("name", "")
+        try:
+            if name not in folders.names():
+                raise ValueError(f"The concept '{name}' is not in the list. Put its file into "
+                                 "models/perfusion/concepts and press R, or choose another one.")
+            path = folders.find(name)
+            concept = files.load(path)
+            embedded, digest = files.embed(concept)
+        except ValueError as error:
+            return _refused(error, 404)
+        return web.json_response({**_facts(concept), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                                  "embedded": embedded, "embedded_sha256": digest, "cover": concept.cover})
+
+    @routes.post("/perfusion/concept")
+    async def write(request):
+        """Put the concept that the body holds, as a file's bytes, into output/perfusion, under `name` if it is free."""
+        name = request.query.get("name", "")
+        try:
+            data = await request.read()
+            files.check_size(len(data), name)
+            concept = files.parse(data, name)
+            path = folders.save(concept, name)
+        except ValueError as error:
+            return _refused(error, 400)
+        except OSError as error:
+            return _refused(error, 507)
+        return web.json_response({**_facts(concept), "name": path.name,
+                                  "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})

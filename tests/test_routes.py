@@ -1,0 +1,83 @@
+"""What the browser may ask of the server, over real HTTP: nothing outside of the concepts' folders, and sentences."""
+
+import asyncio
+import base64
+import hashlib
+
+import pytest
+
+from concepts import learnt
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture
+def ask(pack):
+    """Sends one request to the pack's routes: (status, answer)."""
+    from aiohttp import web
+    from aiohttp.test_utils import TestClient, TestServer
+
+    from perfusion.nodes import routes
+
+    async def one(method, body, **query):
+        table, app = web.RouteTableDef(), web.Application(client_max_size=2**30)
+        routes.register(table)
+        app.add_routes(table)
+        async with TestClient(TestServer(app)) as client:
+            answer = await client.request(method, "/perfusion/concept", params=query, data=body)
+            return answer.status, await answer.json()
+
+    return lambda method="GET", body=None, **query: asyncio.run(one(method, body, **query))
+
+
+@pytest.fixture
+def saved(pack):
+    from perfusion.nodes import folders
+
+    return folders.save(learnt(cover=base64.b64encode(b"picture").decode()), "carried")
+
+
+def test_a_listed_concept_comes_with_its_hash_and_as_a_workflow_carries_it(ask, saved):
+    from perfusion.core.concept import load, unpack
+
+    status, facts = ask(name="carried.safetensors")
+    assert status == 200 and (facts["word"], facts["superclass"]) == ("<mimi>", "cat")
+    assert facts["sha256"] == hashlib.sha256(saved.read_bytes()).hexdigest()
+    there, carried = load(saved, facts["sha256"]), unpack(facts["embedded"], facts["embedded_sha256"])
+    assert carried.cover == "" and there.cover
+    assert carried.target_input.equal(there.target_input) and carried.training == there.training
+
+
+@pytest.mark.parametrize("name", ["", "gone.safetensors", "../carried.safetensors", "/etc/passwd", "x" * 400, "a\0b"])
+def test_a_name_that_is_not_in_the_list_gets_a_sentence(ask, saved, name):
+    status, answer = ask(name=name)
+    assert status == 404 and "is not in the list" in answer["error"]
+
+
+@pytest.mark.parametrize("name", ["dropped", "dropped.safetensors", "../../dropped.safetensors", "/tmp/dropped"])
+def test_what_the_browser_sends_lands_in_the_list_under_no_other_folder_whatever_its_name(ask, name):
+    from perfusion.core.concept import dump
+    from perfusion.nodes import folders
+
+    data = dump(learnt(superclass="dog"))
+    status, answer = ask("POST", data, name=name)
+    assert status == 200 and answer["name"] == "dropped.safetensors" and answer["name"] in folders.names()
+    assert folders.find(answer["name"]).parent == folders.saved()
+    assert answer["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("body, sentence", [(b"", "not a whole"), (b"x" * 100, "not a whole"),
+                                            (bytes(2**24 + 1), "less than one")])
+def test_what_is_no_concept_is_not_written(ask, body, sentence):
+    from perfusion.nodes import folders
+
+    before = folders.names()
+    status, answer = ask("POST", body, name="bad.safetensors")
+    assert status == 400 and sentence in answer["error"] and folders.names() == before
+
+
+def test_a_name_that_no_file_can_have_gets_a_sentence(ask):
+    from perfusion.core.concept import dump
+
+    status, answer = ask("POST", dump(learnt()), name="x" * 400)
+    assert status >= 400 and "x" * 40 in answer["error"]
