@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .concept import BASES, Concept
 from .joint_edit import JointEdit, check_fit
-from .key_lock import edited
+from .key_lock import edited, unit
 from .prompt import PRESENT, WORDS, Token, superclass_ids, tokenizers, with_word
 
 KEY = "perfusion"
@@ -93,15 +93,17 @@ def check(model, clip, concept: Concept):
     check_fit(concept, base, widths, tokenizers(clip), applied(model))
 
 
-def apply(model, clip, concept: Concept, edit_negative: bool = False):
+def apply(model, clip, concept: Concept, edit_negative: bool = False, heard=None):
     """(MODEL, CLIP) clones on which the concept's word works; chain it for several concepts.
 
     Strength 0 gives the superclass word back in the prompt and leaves the model alone. `edit_negative` edits every
-    row, also those whose prompt has no concept word, as the research code does.
+    row, also those whose prompt has no concept word, as the research code does. `heard` is told of every prompt that
+    the CLIP encodes what the gate sees of it (see `Token`).
     Raises ValueError with a sentence where concept, model and CLIP do not fit together.
     """
     check(model, clip, concept)
-    token = Token({} if concept.off else concept.embedding, superclass_ids(clip, concept.superclass))
+    token = Token({} if concept.off else concept.embedding, superclass_ids(clip, concept.superclass),
+                  unit(concept.direction, concept.target_input), heard)
     clip = with_word(clip, concept.word, token)
     if concept.off:
         return model, clip

@@ -8,6 +8,7 @@ untouched code path, and CLIP.clone() keeps both copies.
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +16,23 @@ from comfy.conds import CONDConstant, CONDRegular
 from comfy.sd1_clip import SDTokenizer
 from torch import Tensor
 
+from .gate_reading import similarities
+
 WORDS, PRESENT = "perfusion_words", "perfusion_gate"  # names in the conditioning, and the wrapper's keyword arguments
 
 
 @dataclass(frozen=True)
 class Token:
-    """What stands for a word: per text encoder a vector (d), or none if the concept is off, and the superclass id."""
+    """What stands for a word: per text encoder a vector (d), or none if the concept is off, and the superclass id.
+
+    `heard` is told of every prompt what the gate along `direction` sees of it (`similarities`), and the word's weight
+    in it, 0 where the prompt does not say the word.
+    """
 
     vector: dict[str, Tensor]
     superclass: dict[str, int]
+    direction: Tensor | None = None  # (d)
+    heard: Callable[[list, float], None] | None = None
 
 
 class WordTokenizer:
@@ -59,8 +68,8 @@ class WordEncoder:
     superclass word: there the learnt vector would act outside the gate.
     """
 
-    def __init__(self, plain, words: dict[str, Token]):
-        self.plain, self.words = plain, words
+    def __init__(self, plain, words: dict[str, Token], tokenizers: dict[str, SDTokenizer]):
+        self.plain, self.words, self.tokenizers = plain, words, tokenizers
 
     def __call__(self, tokens):
         cond, pooled, *extra = self.plain(tokens)
@@ -72,9 +81,19 @@ class WordEncoder:
             usual[key] = [[self._superclass(key, t, weight, weights) for t, weight in chunk] for chunk in chunks]
         if weights:
             pooled = self.plain(usual)[1]
+        self._tell(tokens, cond, weights)
         present = torch.tensor([[weights.get(word, 0.0) for word in marked]])
         conds = {WORDS: CONDConstant(marked), PRESENT: CONDRegular(present)}
         return cond, pooled, {**(extra[0] if extra else {}), "model_conds": conds}
+
+    def _tell(self, tokens, cond, weights):
+        key, chunks = next(iter(tokens.items()))  # SDXL's two encoders have the same words in the same rows
+        name = f"clip_{key}"
+        vectors = {word: token.vector[name] for word, token in self.words.items() if token.vector}
+        for word, token in self.words.items():
+            if token.heard and token.vector:
+                seen = similarities(chunks, cond[0], token.direction, vectors, self.tokenizers[name])
+                token.heard(seen, weights.get(word, 0.0))
 
     def _superclass(self, key, t, weight, weights):
         for word, token in self.words.items():
@@ -139,5 +158,6 @@ def with_word(clip, word: str, token: Token):
             setattr(clip.tokenizer, attribute, tokenizer)
     encode = clip.cond_stage_model.encode_token_weights
     clip.cond_stage_model = copy.copy(clip.cond_stage_model)
-    clip.cond_stage_model.encode_token_weights = WordEncoder(getattr(encode, "plain", encode), words)
+    clip.cond_stage_model.encode_token_weights = WordEncoder(getattr(encode, "plain", encode), words,
+                                                              tokenizers(clip))
     return clip

@@ -7,7 +7,7 @@ from ..core.apply import apply
 from ..core.key_lock import TEMPERATURE
 from . import folders
 from .schema import CATEGORY, Concept, known
-from .watch import jpeg, tell
+from .watch import gate, gate_listener, jpeg, tell
 
 
 class LoadConcept(io.ComfyNode):
@@ -80,7 +80,8 @@ class GateStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, strength, bias_mode, bias, temperature) -> io.NodeOutput:
-        return io.NodeOutput(concept.at(strength) if bias_mode == "slider" else concept.raw(bias, temperature))
+        concept = concept.at(strength) if bias_mode == "slider" else concept.raw(bias, temperature)
+        return io.NodeOutput(concept, ui={"perfusion_gate": (gate(concept),)})
 
 
 class ApplyConcept(io.ComfyNode):
@@ -107,7 +108,7 @@ class ApplyConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept, edit_negative=False) -> io.NodeOutput:
-        return io.NodeOutput(*apply(model, clip, concept, edit_negative))
+        return io.NodeOutput(*apply(model, clip, concept, edit_negative, gate_listener(concept)))
 
 
 class SaveConcept(io.ComfyNode):

@@ -17,6 +17,23 @@ def tell(node_id: str, text: str):
     PromptServer.instance.send_progress_text(text, node_id)
 
 
+def gate(concept) -> dict:
+    """What Gate Strength's chart (web/gate_strength.js) knows of a concept and its dial; word and energy say which."""
+    return {"word": concept.word, "energy": concept.energy, "superclass": concept.superclass, "off": concept.off,
+            "bias": concept.gate_bias, "temperature": concept.temperature}
+
+
+def gate_listener(concept):
+    """Tells the chart of every prompt that is encoded what the concept's gate sees of it, and which node encodes it."""
+    def heard(words, weight):
+        server = PromptServer.instance
+        seen = {"word": concept.word, "energy": concept.energy, "by": server.last_node_id, "words": words,
+                "weight": weight}
+        server.send_sync("perfusion.gate", seen, server.client_id)
+
+    return heard
+
+
 def to_pil(image: torch.Tensor) -> Image.Image:
     """The first of images (m, H, W, 3) in 0..1."""
     return Image.fromarray((image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())

@@ -1,0 +1,151 @@
+// Gate Strength: the gate's curve at the present strength, and after a run each word of the prompt as a chip shaded by
+// how far the gate opens for it. The server tells once how similar each word is to the concept, which does not depend
+// on the dial; all else is computed here, so it is live while the dial is dragged.
+import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
+import { dialled, gate } from "./gate.mjs"
+import { el, panel } from "./panel.mjs"
+
+const [LEFT, RIGHT, TOP, BOTTOM] = [-0.25, 1.25, 8, 62] // similarities at the chart's ends; its pixels from the top
+const WIDTH = 240
+const COLOUR = "#e08a1e"
+const X = (similarity) => (WIDTH * (Math.min(RIGHT, Math.max(LEFT, similarity)) - LEFT)) / (RIGHT - LEFT)
+const Y = (opening) => BOTTOM - (BOTTOM - TOP) * opening
+
+const charts = new Set()
+const keyOf = ({ word, energy }) => `${word} ${energy}` // the energy tells two concepts of one word apart
+const placeOf = (node) => `${node.graph.id} ${node.id}`
+
+// What runs have told: which concept passes a node, and by concept and encoding node what its gate sees of the prompt.
+// It outlives a reload, because the server says nothing of a prompt that it need not encode again.
+const KEY = "perfusion.gate"
+const told = JSON.parse(sessionStorage.getItem(KEY) ?? '{"passed": {}, "heard": {}}')
+const keep = () => sessionStorage.setItem(KEY, JSON.stringify(told))
+
+class Chart {
+  constructor(node) {
+    this.node = node
+    this.drawing = el("div")
+    this.caption = el("div")
+    this.prompts = el("div")
+    this.prompts.style.cssText = "display:flex;flex-direction:column;gap:6px"
+    panel(node, "chart").append(this.drawing, this.caption, this.prompts)
+
+    for (const widget of node.widgets) {
+      if (!["strength", "bias_mode", "bias", "temperature"].includes(widget.name)) continue
+      const moved = widget.callback
+      widget.callback = (...args) => {
+        moved?.apply(widget, args)
+        this.draw()
+      }
+    }
+    this.chain("onAdded", () => {
+      charts.add(this)
+      setTimeout(() => charts.has(this) && this.draw()) // by then a loaded workflow has set the widgets
+    })
+    this.chain("onRemoved", () => charts.delete(this))
+    this.chain("onExecuted", (output) => this.ran(output))
+  }
+
+  chain(name, act) {
+    const before = this.node[name]
+    this.node[name] = function (...args) {
+      before?.apply(this, args)
+      act(...args)
+    }
+  }
+
+  /** A run has told which concept passes here. */
+  ran(output) {
+    if (!output?.perfusion_gate) return
+    told.passed[placeOf(this.node)] = output.perfusion_gate[0]
+    keep()
+    this.draw()
+  }
+
+  get concept() {
+    return told.passed[placeOf(this.node)]
+  }
+
+  /** The gate as the widgets say; as the last run had it where another node turns the dial. */
+  present() {
+    const linked = this.node.inputs.some((input) => input.widget && input.link != null)
+    if (linked && this.concept) return this.concept
+    return dialled(Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value])))
+  }
+
+  draw() {
+    const { bias, temperature, off } = this.present()
+    const open = (similarity, weight = 1) => (off ? 0 : Math.min(1, gate(similarity, bias, temperature) * weight))
+    const said = this.said()
+    this.drawing.innerHTML = curve(open, said.flatMap((prompt) => prompt.words), bias, off)
+    this.caption.textContent = this.sentence(off, said)
+    this.prompts.replaceChildren(...said.map((prompt) => chips(prompt, open)))
+    this.node.setDirtyCanvas?.(true, true)
+  }
+
+  /** The prompts of the last runs that say the concept's word. */
+  said() {
+    const prompts = this.concept ? Object.values(told.heard[keyOf(this.concept)] ?? {}) : []
+    return prompts.filter(({ by, weight }) => weight && (by.includes(":") || app.graph.getNodeById(by)))
+  }
+
+  sentence(off, said) {
+    if (off) return `Strength 0: the plain model${this.concept ? `, with the word ${this.concept.superclass}` : ""}.`
+    if (said.length) return "How far each word opens it, in percent:"
+    if (this.concept && told.heard[keyOf(this.concept)]) {
+      return `No prompt says ${this.concept.word}, so the gate stays shut.`
+    }
+    return "Once a prompt has been encoded, its words are shown here."
+  }
+}
+
+/** The curve as SVG, with a dot for every word. Only numbers go into it. */
+function curve(open, words, bias, off) {
+  const points = Array.from({ length: 81 }, (_, i) => LEFT + ((RIGHT - LEFT) * i) / 80)
+  const line = points.map((s) => `${X(s).toFixed(1)},${Y(open(s)).toFixed(1)}`).join(" ")
+  const dots = words.map(([, s]) => `<circle cx="${X(s).toFixed(1)}" cy="${Y(open(s)).toFixed(1)}" r="3"/>`).join("")
+  const half = off ? "" : `<path d="M${X(bias)} ${TOP}V${BOTTOM}" stroke="currentColor" stroke-dasharray="2 3"/>`
+  const label = off ? "The gate is shut." : `The gate is half open at similarity ${bias.toFixed(2)}.`
+  return `<svg viewBox="0 0 ${WIDTH} 80" width="100%" role="img" aria-label="${label}" style="display:block">
+    <path d="M0 ${BOTTOM}H${WIDTH}M0 ${TOP}H${WIDTH}" stroke="currentColor" opacity=".25"/>${half}
+    <polyline points="${line}" fill="none" stroke="${COLOUR}" stroke-width="2"/>
+    <g fill="${COLOUR}" stroke="currentColor" stroke-width=".5">${dots}</g>
+    <g font-size="9" fill="currentColor"><text x="2" y="${TOP + 9}">open</text><text x="2" y="${BOTTOM - 3}">shut</text>
+    <text x="${X(0)}" y="75" text-anchor="middle">unlike</text><text x="${X(1)}" y="75" text-anchor="middle">the concept</text></g></svg>`
+}
+
+/** A prompt's words, each shaded by its gate. */
+function chips({ words, weight }, open) {
+  const row = el("div")
+  row.style.cssText = "display:flex;flex-wrap:wrap;gap:3px"
+  for (const [word, similarity] of words) {
+    const percent = Math.round(100 * open(similarity, weight))
+    const chip = el("span", { title: `similarity ${similarity.toFixed(2)}, gate open ${percent} %` })
+    chip.append(word || "(rest)", el("small", { textContent: ` ${percent}` }))
+    chip.style.cssText =
+      "padding:1px 5px;border:1px solid var(--border-color);border-radius:5px;" +
+      `background:color-mix(in srgb, ${COLOUR} ${(0.6 * percent).toFixed(0)}%, var(--comfy-input-bg))`
+    row.append(chip)
+  }
+  return row
+}
+
+app.registerExtension({
+  name: "perfusion.gateStrength",
+  setup() {
+    api.addEventListener("perfusion.gate", ({ detail }) => {
+      told.heard[keyOf(detail)] = { ...told.heard[keyOf(detail)], [detail.by]: detail }
+      keep()
+      for (const chart of charts) chart.draw()
+    })
+  },
+  nodeCreated(node) {
+    if (node.constructor.comfyClass !== "PerfusionGateStrength") return
+    new Chart(node)
+    node.setSize([Math.max(node.computeSize()[0], 280), node.computeSize()[1]])
+  },
+  onNodeOutputsUpdated(outputs) {
+    for (const chart of charts) chart.ran(outputs[chart.node.id]) // of a run that ended while another tab was shown
+  },
+})
