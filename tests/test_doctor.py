@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def domain(**changes):
     torch.manual_seed(0)
     offsets = {"middle_block.1.transformer_blocks.0.attn2.to_v": Offset(torch.randn(3, 4), torch.randn(2, 6))}
-    encoder = Encoder(3, 10, (6, 8), {"clip_l": 5}, hidden=16).eval()
+    encoder = Encoder(3, 10, {"clip_l": 5}, {"a.to_v": 4}, hidden=16).eval()
     return Domain(**{"base": "sd1", "prediction": "eps", "superclass": "cat", "tower": "0123" * 16,
                      "encoder": encoder, "offsets": offsets} | changes)
 

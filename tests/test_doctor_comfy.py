@@ -38,7 +38,7 @@ def domain_of(w, **changes):
     offsets = {name: Offset(torch.zeros(3, m.weight.shape[0]), torch.zeros(2, m.weight.shape[1]))
                for name, m in attention(w.model.model.diffusion_model).items()}
     return Domain(**{"base": "sd1", "prediction": "eps", "superclass": "cat", "tower": "0" * 64,
-                     "encoder": Encoder(1, 8, (8,), {"clip_l": 64}), "offsets": offsets} | changes)
+                     "encoder": Encoder(1, 8, {"clip_l": 64}, {"a.to_v": 4}), "offsets": offsets} | changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
