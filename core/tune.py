@@ -9,6 +9,7 @@ the word's similarity in longer prompts is .41 in the median instead of .95 and 
     e = encode(templates(v*))             once per step, one backward through the text encoder
     for each of the batch: loss = Σ m (ε̂ − ε)² / Σ m     gradients add up; memory is that of one picture
     AdamW: {o*: lr .3}, {v*: lr .002}     no weight decay; the paper has .03 and .006
+    from an earlier concept: {o*: lr ρ RMS(o*)}, {v*: lr ρ' RMS(v*)}      n steps move it by n ρ of its size at most
 
 With the paper's rates more is learnt by the embedding, which reaches every later word and learns what else is in the
 picture; values act at the word alone. Figures are in bench/research.md.
@@ -37,19 +38,22 @@ SMALLEST = 64  # pixels a side, of pictures and of what is trained on
 EMA = 0.99
 FRAMES = 4  # that i* is moved by in a step
 GOLDEN = 0.6180339887498949
+STEPS, STEPS_FROM_CONCEPT = 50, 5  # that are advised from the superclass word, and from what a domain encoded
 
 
 @dataclass(frozen=True)
 class Tuning:
     """Settings of one tune."""
 
-    steps: int = 50
+    steps: int = STEPS
     batch: int = 4
     seed: int = 0
     resolution: int = 512  # pixels: the square root of the area that a picture is scaled to
     mirror: bool = False
     learning_rate: float = 0.3  # of the value outputs
     embedding_learning_rate: float = 0.002
+    trust: float = 0.1  # ρ and, below, ρ': in the place of both rates where an earlier concept is gone on from
+    embedding_trust: float = 0.01
     templates: tuple[str, ...] = TEMPLATES
 
 
@@ -97,6 +101,11 @@ def check(images: Tensor | None, mask: Tensor | None, settings: Tuning):
             )
         if (mask.flatten(1).amax(1) <= 0).any():
             raise ValueError("The mask is empty, so there is nothing to learn from. Paint the thing, or disconnect it.")
+
+
+def advised(start: Concept | None) -> int:
+    """How many steps are worth it, from the superclass word or from an earlier concept."""
+    return STEPS_FROM_CONCEPT if start else STEPS
 
 
 def fit(images: Tensor, resolution: int) -> Tensor:
@@ -231,10 +240,11 @@ class Lesson:
         self.target_input, self.key_input = (i.clone().to(host.device) for i in (self.target_input, self.key_input))
         self.target_output = {name: o.float().to(host.device)[None].clone().requires_grad_()
                               for name, o in outputs.items()}
+        learnt = [(o, settings.learning_rate, settings.trust) for o in self.target_output.values()]
+        learnt += [(v, settings.embedding_learning_rate, settings.embedding_trust) for v in self.embedding.values()]
         self.optimizer = torch.optim.AdamW([
-            {"params": list(self.target_output.values()), "lr": settings.learning_rate},
-            {"params": list(self.embedding.values()), "lr": settings.embedding_learning_rate},
-        ], weight_decay=0)
+            {"params": [t], "lr": trust * t.detach().square().mean().sqrt().item() if start else rate}
+            for t, rate, trust in learnt], weight_decay=0)
         self.scaler = torch.amp.GradScaler(host.device.type, 2.0**10, enabled=host.dtype == torch.float16)
 
     def edit(self) -> key_lock.Edit:

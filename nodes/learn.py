@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..core.quick_tune import quick_tune
-from ..core.tune import TEMPLATES, Tuning
+from ..core.tune import STEPS, STEPS_FROM_CONCEPT, TEMPLATES, Tuning, advised
 from . import folders
 from .schema import CATEGORY, Concept, known
 from .watch import Watch, tell
@@ -27,8 +27,9 @@ class QuickTune(io.ComfyNode):
                                 tooltip="The plain word for its kind: cat, person, toy, house. One common word."),
                 io.String.Input("word", default="<mimi>",
                                 tooltip="The new word for it in prompts, in angle brackets."),
-                io.Int.Input("steps", default=default.steps, min=1, max=2000,
-                             tooltip="How long to learn. More is more likeness, until the prompt is ignored."),
+                io.Int.Input("steps", default=0, min=0, max=2000,
+                             tooltip="How long to learn. More is more likeness, until the prompt is ignored. 0 is what "
+                                     f"is advised: {STEPS_FROM_CONCEPT} with a concept connected, {STEPS} without."),
                 io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False,
                              tooltip="The same seed and settings give the same concept."),
                 io.Int.Input("resolution", default=default.resolution, min=64, max=2048, step=64,
@@ -43,7 +44,8 @@ class QuickTune(io.ComfyNode):
                 io.String.Input("captions", optional=True, force_input=True,
                                 tooltip="Captions of your own, one on a line, with {} where the word goes."),
                 Concept.Input("concept", optional=True,
-                              tooltip="Go on from this concept instead of from the superclass word."),
+                              tooltip="Go on from this concept, such as what Encode Concept made, instead of from the "
+                                      "superclass word."),
             ],
             outputs=[Concept.Output(display_name="concept", tooltip="For Apply and Save Perfusion Concept.")],
             hidden=[io.Hidden.unique_id],
@@ -56,7 +58,7 @@ class QuickTune(io.ComfyNode):
         node = cls.hidden.unique_id
         watch = Watch(node, image)
         templates = TEMPLATES if captions is None else tuple(c.strip() for c in captions.splitlines() if c.strip())
-        settings = Tuning(steps, batch, seed, resolution, mirror, templates=templates)
+        settings = Tuning(steps or advised(concept), batch, seed, resolution, mirror, templates=templates)
 
         def keep(concept):
             steps = concept.training["steps"]

@@ -54,6 +54,17 @@ def test_learning_goes_on_from_a_file(host, tmp_path):
     assert not torch.equal(further.embedding["clip_g"], loaded.embedding["clip_g"])
 
 
+def test_from_a_concept_a_step_moves_nothing_by_more_than_a_share_of_its_size(host):
+    host = host()
+    start = learn(host)
+    settings = replace(FAST, steps=1, trust=0.1, embedding_trust=0.02)
+    further = learn(host, settings, start=start)
+    moved = [(further.target_output[name] - o, o, 0.1) for name, o in start.target_output.items()]
+    moved += [(further.embedding[name] - v, v, 0.02) for name, v in start.embedding.items()]
+    for change, of, trust in moved:
+        assert change.abs().max().item() == pytest.approx(trust * of.square().mean().sqrt().item(), rel=1e-2)
+
+
 def test_a_start_of_another_family_is_refused_before_any_work(tiny, folder, host):
     start = learn(host("sdxl"))
     with pytest.raises(ValueError, match="was made for SDXL, the connected model is SD1.5"):
