@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 
 from core.school import Schooling
-from core.tune import Tuning
+from core.tune import STEPS, STEPS_FROM_CONCEPT, Tuning
 
 from .comfy import ROOT, serve
 from .doctor import doctor
@@ -32,7 +32,8 @@ def found(module: str, name: str):
 
 
 apply, tune = found("learn", "apply"), found("learn", "tune")
-convert, demo, train_domain = found("convert", "convert"), found("demo", "demo"), found("domain", "train_domain")
+convert, demo, encode = found("convert", "convert"), found("demo", "demo"), found("encode", "encode")
+train_domain = found("domain", "train_domain")
 
 
 def comfy(arguments):
@@ -51,7 +52,7 @@ def option(*names, **settings):
 COMMANDS = {
     demo: (
         option("picture", nargs="?", help="a picture of a creature (default: one that comes with the pack)"),
-        option("--steps", type=int, default=50, help="steps to learn (default 50)"),
+        option("--steps", type=int, default=STEPS_FROM_CONCEPT, help=f"to learn (default {STEPS_FROM_CONCEPT})"),
         option("--seed", type=int, default=0, help="default 0"),
         option("--out", default=str(ROOT / "build"), help="the folder for what it makes (default build)"),
     ),
@@ -60,12 +61,21 @@ COMMANDS = {
         option("pictures", nargs="+", help="pictures of one thing, of one size"),
         option("--superclass", required=True, help="the plain word for its kind: cat, person, toy"),
         option("--word", default="<mimi>", help='the new word for it, in angle brackets (default "<mimi>")'),
-        option("--steps", type=int, default=Tuning.steps, help=f"default {Tuning.steps}"),
+        option("--concept", help="go on from this file's concept, such as what `encode` wrote"),
+        option("--steps", type=int, help=f"default {STEPS}, and {STEPS_FROM_CONCEPT} from a concept"),
         option("--batch", type=int, default=Tuning.batch, help=f"samples in each step (default {Tuning.batch})"),
         option("--seed", type=int, default=0, help="default 0"),
         option("--resolution", type=int, help="pixels a side, about (default: what the pipeline was made for)"),
         option("--mirror", action="store_true", help="learn from mirrored copies too"),
         option("--mask", help="a picture that is white where the thing is"),
+        option("--out", default=".", help="a .safetensors file, or a folder for one named after the word (default .)"),
+    ),
+    encode: (
+        option("model", help="the folder of the pipeline that the domain was trained on, or this pack's demo"),
+        option("pictures", nargs="+", help="pictures of one thing, of one size"),
+        option("--domain", required=True, help="the domain's file"),
+        option("--tower", required=True, help="the folder of the CLIP vision model that it was trained with"),
+        option("--word", default="<mimi>", help='the new word for it, in angle brackets (default "<mimi>")'),
         option("--out", default=".", help="a .safetensors file, or a folder for one named after the word (default .)"),
     ),
     apply: (

@@ -12,7 +12,7 @@ from core.tower import tokens_of
 
 from . import pictures
 from .album import square
-from .domain import open_tower
+from .encode import open_tower
 from .learn import captions, open_model, target
 
 

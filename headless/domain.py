@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from transformers import CLIPVisionModel
 
 from core import domain as domains
 from core import host_diffusers
@@ -23,29 +22,18 @@ from core.encode import encode
 from core.fingerprint import fingerprint
 from core.prompt_diffusers import text_weights
 from core.school import Diverged, Schooling, train
-from core.tower import Tower, hash_of
+from core.tower import Tower
 from core.train_domain import WORD, Course
 
 from . import pictures
 from .album import HELD, captions_of, listed, seen, square
+from .encode import open_tower
 from .learn import open_model
 
 # A checkpoint refuses other learning rates than those that it began with, and takes another precision.
 WAY_OUT = ("A checkpoint that was written is as it was. With --precision fp16, go on from it with bf16 or no; else "
            "begin anew with a lower --learning-rate and another --out. If it stops at the "
            "first step, the model or the VAE gives NaN by itself: use another.")
-
-
-def open_tower(path) -> Tower:
-    """The vision tower of a folder of transformers' CLIPVisionModel."""
-    try:
-        model = CLIPVisionModel.from_pretrained(str(path), local_files_only=True, torch_dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"'{path}' is not a folder of a CLIP vision model (config.json and model.safetensors): "
-                         f"{error}") from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Tower(model.config.image_size, hash_of(model.state_dict()),
-                 lambda x: model(x.to(model.device), output_hidden_states=True).hidden_states[1:])
 
 
 def facts_of(host, tower: Tower, album: Path, paths: list[Path], lines: list[list[str]], resolution: int) -> dict:

@@ -52,21 +52,30 @@ def captions(done, total):
     print(f"\rcaptions read, once for this text encoder: {done} of {total}", end="\n" * (done == total), flush=True)
 
 
-def tune(arguments):
-    """Learn a concept from one or several pictures of one thing."""
-    out = target(arguments.out, arguments.word.strip("<>"))
-    images = [pictures.read(path) for path in arguments.pictures]
+def alike(paths) -> torch.Tensor:
+    """The pictures (m, H, W, 3) of files. Raises ValueError where they are not of one size."""
+    images = [pictures.read(path) for path in paths]
     sizes = {picture.shape[1:3] for picture in images}
     if len(sizes) > 1:
         raise ValueError(f"The pictures are of {len(sizes)} sizes ({', '.join(f'{w}×{h}' for h, w in sorted(sizes))}), "
                          "and have to be of one. Crop or scale them alike.")
+    return torch.cat(images)
+
+
+def tune(arguments):
+    """Learn a concept from one or several pictures of one thing."""
+    out = target(arguments.out, arguments.word.strip("<>"))
+    images, start = alike(arguments.pictures), concepts.load(arguments.concept) if arguments.concept else None
     mask = pictures.read(arguments.mask)[..., 0] if arguments.mask else None
     pipe, folder = open_model(arguments.model)
+    if start:
+        host_diffusers.words_of(pipe, [start])  # refuses one of another model
     resolution = arguments.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    settings = tuning.Tuning(steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, resolution=resolution,
+    settings = tuning.Tuning(steps=tuning.advised(start) if arguments.steps is None else arguments.steps,
+                             batch=arguments.batch, seed=arguments.seed, resolution=resolution,
                              mirror=arguments.mirror)
     host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder, captions)
-    learnt = tuning.tune(host, torch.cat(images), arguments.superclass, arguments.word, settings, mask, report=say,
+    learnt = tuning.tune(host, images, arguments.superclass, arguments.word, settings, mask, start, say,
                          keep=lambda concept: str(concepts.save(concept, out.with_stem(f"{out.stem}-stopped"))))
     path = concepts.save(learnt, out)
     print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
