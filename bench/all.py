@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from .creatures import DEVICE, RATES, ROOT
+from .creatures import DEVICE, OURS, RATES, RICH, ROOT
 from .make_world import cores
 
 # Creatures: for learning rates; scored. Without a GPU few of them go on to the last of STEPS, the others end at SHORT,
@@ -26,14 +26,14 @@ def shared(*arguments):
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     fast = DEVICE == "cuda"
-    peers = [method for method in RATES if method != "perfusion"]
+    peers = [method for method in RATES if method not in OURS]
     shared("--search", SEARCHED)
     if fast:
-        shared("--n", SCORED, "--seeds", 2)
+        shared("--methods", *RATES, RICH, "--n", SCORED, "--seeds", 2)
         shared("--n", SCORED, "--seeds", 2, "--pictures", 5)
     else:
         shared("--n", LONG, "--seeds", 1)
-        shared("--methods", "perfusion", "--n", SCORED, "--seeds", 2, "--steps", SHORT)
+        shared("--methods", *OURS, RICH, "--n", SCORED, "--seeds", 2, "--steps", SHORT)
         shared("--methods", *peers, "--n", SCORED // 2, "--seeds", 1, "--steps", SHORT)
         shared("--n", LONG, "--seeds", 1, "--pictures", 5, "--steps", SHORT)
     subprocess.run([sys.executable, "-m", "bench", "table", "--again"], cwd=ROOT, check=True)

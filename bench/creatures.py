@@ -19,24 +19,32 @@ from pathlib import Path
 
 import torch
 
+from ..core import domain as domains
 from ..core.concept import Concept, dump
+from ..core.encode import encode
 from ..core.host_diffusers import DiffusersHost
+from ..core.tower import tokens_of
 from ..core.tune import Lesson, Tuning, fit, schedule
 from . import memory, peers, world
 from . import reader as judge
-from .examine import DEMO, DEVICE, GUIDANCE, SAMPLING, SUPERCLASS, WORD, Examiner, miniature, ours
+from .examine import DEMO, DEVICE, GUIDANCE, SAMPLING, SUPERCLASS, WORD, Examiner, miniature, ours, tower
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "creatures.json"
 STEPS = (0, 1, 5, 15, 50, 150, 400)
 SEARCHED = 150  # steps of a run that searches, which is not scored after 0 and 1
-RATES = {  # of the weights, or of the embedding where nothing else is learnt
-    "perfusion": (0.03, 0.1, 0.3), "textual-inversion": (0.002, 0.006, 0.02), "lora": (0.001, 0.003, 0.01),
-    "custom-diffusion": (0.0003, 0.001, 0.003), "dreambooth": (0.0001, 0.0003, 0.001),
+RATES = {  # of the weights, or of the embedding where nothing else is learnt; of quick-tune its trust
+    "perfusion": (0.03, 0.1, 0.3), "quick-tune": (0.03, 0.1, 0.3), "textual-inversion": (0.002, 0.006, 0.02),
+    "lora": (0.001, 0.003, 0.01), "custom-diffusion": (0.0003, 0.001, 0.003), "dreambooth": (0.0001, 0.0003, 0.001),
 }
+RICH = "rich-words"  # nothing is learnt: the prompt names all that captions ever name of a creature
+MOST = {"quick-tune": 50, RICH: 0}  # steps
 EMBEDDING_RATE = 0.006  # beside weights; beside value outputs it is Tuning's own
 STRENGTH = 0.5
-STRENGTHS, DIALLED = (0.25, 0.75, 1.0), (150,)  # beside that one, after so many steps
+STRENGTHS = (0.25, 0.75, 1.0)  # beside that one, after so many steps:
+DIALLED = {"perfusion": (150,), "quick-tune": (0, 5)}
+OURS = tuple(DIALLED)
+DOMAIN = DEMO / "domains" / f"{SUPERCLASS}.safetensors"
 
 
 @cache
@@ -53,7 +61,7 @@ def runs_folder() -> Path:
 def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures: int, last: int) -> dict:
     """One run's scores, rows by steps and strength; it ends early where what is learnt is no number any more."""
     host, examiner = DiffusersHost(pipe, SUPERCLASS, DEMO), Examiner(pipe, split, k)
-    settings = Tuning(steps=last, seed=seed, resolution=world.SIZE, learning_rate=rate)
+    settings = Tuning(steps=last, seed=seed, resolution=world.SIZE, learning_rate=rate, trust=rate)
     images = world.render(SUPERCLASS, examiner.who.expand(pictures, -1), examiner.training[:pictures])[0]
     latents = host.latents(fit(images.movedim(1, -1), settings.resolution)).to(DEVICE)  # BCHW -> BHWC
     weight, generator = torch.ones_like(latents[:, :1]), torch.Generator().manual_seed(seed)
@@ -64,20 +72,27 @@ def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures:
 
     def mark(step):
         facts = {"steps": step, "seconds": round(spent, 3), "peak_mb": peak.megabytes}
-        if method != "perfusion":
+        if method == RICH:
+            draw = partial(ours, pipe, ())
+            words = world.rich_subject(SUPERCLASS, examiner.who)
+            rows.append(facts | {"strength": None, "bytes": 0} | examiner.scores(draw, words))
+            return
+        if method not in OURS:
             draw = partial(learner.draw, sampling=SAMPLING, guidance=GUIDANCE)
             rows.append(facts | {"strength": None, "bytes": learner.bytes} | examiner.scores(draw))
             return
         concept = Concept(base=host.base, prediction=host.prediction, superclass=SUPERCLASS, word=WORD,
                           covariance=covariance, **learner.learnt())
-        for strength in (STRENGTH, *(STRENGTHS if step in DIALLED else ())):
+        for strength in (STRENGTH, *(STRENGTHS if step in DIALLED[method] else ())):
             draw = partial(ours, pipe, (concept.at(strength),))
             rows.append(facts | {"strength": strength, "bytes": len(dump(concept))} | examiner.scores(draw))
 
     with host.training(latents[:1]), ExitStack() as undo:
-        if method == "perfusion":
-            learner = Lesson(host, SUPERCLASS, WORD, host.embedding(SUPERCLASS), C_inv, settings, None)
-        else:
+        if method in OURS:
+            start = encoded(host, images, latents) if method == "quick-tune" else None
+            embedding = start.embedding if start else host.embedding(SUPERCLASS)
+            learner = Lesson(host, SUPERCLASS, WORD, embedding, C_inv, settings, start)
+        elif method != RICH:
             learner = undo.enter_context(peers.learning(method, host, SUPERCLASS, WORD, rate, EMBEDDING_RATE,
                                                         settings.templates))
         for step in range(last + 1):
@@ -91,7 +106,24 @@ def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures:
                     loss = learner.step(latents, weight, samples[step], generator)
                 spent += clock() - begun
     return {"method": method, "rate": rate, "split": split, "creature": k, "seed": seed, "pictures": pictures,
-            "last": last, "rows": rows, "commit": commit()}
+            "last": last, "rows": rows, "commit": commit(), "domain": domain_of(method)}
+
+
+@cache
+def domain():
+    """The demo's."""
+    return domains.load(DOMAIN)
+
+
+def domain_of(method: str) -> str | None:
+    """The hash of the domain that a method uses."""
+    return domain().hash if method == "quick-tune" else None
+
+
+def encoded(host, images, latents) -> Concept:
+    """What the domain makes of pictures (m, 3, H, W), before any step."""
+    seen = tokens_of(tower(), images.movedim(1, -1), domain().encoder.read)  # BCHW -> BHWC
+    return encode(host, domain(), seen, latents, SUPERCLASS, WORD)
 
 
 def runs(arguments):
@@ -101,8 +133,8 @@ def runs(arguments):
         for seed in range(1 if arguments.search else arguments.seeds):
             for method in arguments.methods:
                 for rate in RATES[method] if arguments.search else (chosen()[method],):
-                    yield (method, rate, split, k, seed, arguments.pictures,
-                           SEARCHED if arguments.search else arguments.steps)
+                    last = SEARCHED if arguments.search else arguments.steps
+                    yield method, rate, split, k, seed, arguments.pictures, min(last, MOST.get(method, last))
 
 
 def share(every, shard: str):
@@ -112,8 +144,9 @@ def share(every, shard: str):
 
 
 def kept(split: str):
-    """The runs of a split that are done, on these weights."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs_folder().glob(f"{split}-*.json"))]
+    """The runs of a split that are done, on these weights and with this domain."""
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs_folder().glob(f"{split}-*.json"))]
+    return [one for one in done if one.get("domain") == domain_of(one["method"])]
 
 
 @cache
@@ -139,7 +172,7 @@ def chosen() -> dict[str, float]:
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     known = {row["method"]: row["learning_rate"] for row in rows}
     return {method: best()[method][0] if method in best() else known.get(method, rates[1])
-            for method, rates in RATES.items()}
+            for method, rates in RATES.items()} | {RICH: 0}
 
 
 def commit() -> str | None:
@@ -156,7 +189,7 @@ def commit() -> str | None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", type=int, default=0, help="try all learning rates on so many dev creatures")
-    parser.add_argument("--methods", nargs="+", default=list(RATES), choices=RATES)
+    parser.add_argument("--methods", nargs="+", default=list(RATES), choices=[*RATES, RICH])
     parser.add_argument("--first", type=int, default=0, help="the first of the test creatures")
     parser.add_argument("--n", type=int, default=32, help="how many of them")
     parser.add_argument("--seeds", type=int, default=2)
@@ -171,6 +204,7 @@ def main():
     for one in share(runs(arguments), arguments.shard):
         method, rate, split, k, seed, pictures, last = one
         name = f"{split}-{k:03}-{method}-{rate}-s{seed}-p{pictures}"
+        name += f"-{domain_of(method)[:8]}" if domain_of(method) else ""
         path = runs_folder() / f"{name}-{last}.json"
         if not any(int(kept.stem.rpartition("-")[2]) >= last for kept in runs_folder().glob(f"{name}-*.json")):
             done = run(pipe, *one)

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor
+from transformers import CLIPVisionModel
 
 from ..core import host_diffusers
+from ..core.tower import Tower, hash_of
 from . import metrics, world
 from . import reader as judge
 
@@ -34,6 +36,14 @@ def miniature(folder=None):
     pipe.unet.forward = torch.autocast(DEVICE, torch.bfloat16)(pipe.unet.forward)
     pipe.unet.register_forward_hook(in_full)
     return pipe
+
+
+@cache
+def tower() -> Tower:
+    """The miniature's vision tower."""
+    model = CLIPVisionModel.from_pretrained(DEMO / "vision", torch_dtype=torch.float32).eval()
+    return Tower(model.config.image_size, hash_of(model.state_dict()),
+                 lambda x: model(x, output_hidden_states=True).hidden_states[1:])
 
 
 def in_full(unet, inputs, answer):

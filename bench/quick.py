@@ -9,7 +9,7 @@ from .all import shared
 from .examine import SUPERCLASS
 
 FIRST, CREATURES, STEPS = 1000, 4, 50
-METHODS = "perfusion", "textual-inversion", "dreambooth"
+METHODS = "perfusion", "quick-tune", "textual-inversion", "dreambooth"
 COLUMNS = "identity", "colour", "shape", "pattern", "top1", "alignment", "leak", "drift"
 
 

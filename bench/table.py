@@ -17,7 +17,7 @@ import torch
 
 from . import creatures, metrics, quick
 from . import reader as judge
-from .creatures import DEVICE, RATES, RESULTS, STEPS, STRENGTH
+from .creatures import DEVICE, OURS, RATES, RESULTS, RICH, STEPS, STRENGTH
 from .examine import SUPERCLASS
 
 PICTURE, TABLE = RESULTS.with_suffix(".png"), RESULTS.with_suffix(".md")
@@ -77,31 +77,39 @@ def paired(a, b, of_a, of_b, steps):
 
 
 def results():
-    """What the results file holds. Raises ValueError where runs are missing or come from more than one commit."""
+    """What the results file holds. Raises ValueError where a method's runs are of more than one commit."""
     runs = {}
     for one in sorted(creatures.kept("test"), key=lambda one: one["last"]):  # a longer run takes a shorter one's place
         if one["creature"] < quick.FIRST and one["rate"] == creatures.chosen()[one["method"]]:
             runs[one["method"], one["creature"], one["seed"], one["pictures"]] = one
     runs = list(runs.values())
-    commits = {one["commit"] for one in runs}
-    if len(commits) != 1:
-        raise ValueError(f"A table is of one commit, and the runs are of {len(commits)}: {sorted(map(str, commits))}. "
-                         f"Run `bench all`, or remove the runs of the others from {creatures.runs_folder()}.")
+    commits = {}
+    for one in runs:
+        if commits.setdefault(one["method"], one["commit"]) != one["commit"]:
+            raise ValueError(f"A method's rows are of one commit, and the runs of {one['method']} are of more. Run "
+                             f"`bench all`, or remove the runs of the others from {creatures.runs_folder()}.")
     found, rates = points(runs)
-    order = sorted(found, key=lambda key: (list(RATES).index(key[0]), key[1], key[3] or 0, key[2]))
+    order = sorted(found, key=lambda key: ([*RATES, RICH].index(key[0]), key[1], key[3] or 0, key[2]))
     pairs, best = [], {method: steps for method, (_, steps) in creatures.best().items()}
-    for method in [method for method in RATES if method != "perfusion"]:
-        at_best = ("perfusion", 1, best.get("perfusion"), STRENGTH), (method, 1, best.get(method), None)
-        pairs += paired("perfusion", method, *(found.get(key, {}) for key in at_best), "best")
+
+    def point(method, steps):
+        return found.get((method, 1, steps, STRENGTH if method in OURS else None), {})
+
+    for a, b in [(a, b) for k, a in enumerate(OURS) for b in (*OURS[k + 1 :], *[m for m in RATES if m not in OURS])]:
+        pairs += paired(a, b, point(a, best.get(a)), point(b, best.get(b)), "best")
         for steps in STEPS:
-            same = ("perfusion", 1, steps, STRENGTH), (method, 1, steps, None)
-            pairs += paired("perfusion", method, *(found.get(key, {}) for key in same), steps)
+            pairs += paired(a, b, point(a, steps), point(b, steps), steps)
+    for steps in STEPS:  # after few steps, against what another reaches at its best, and against words
+        pairs += [pair for method in RATES if method != "quick-tune" for pair in
+                  paired("quick-tune", method, point("quick-tune", steps), point(method, best.get(method)),
+                         f"{steps}, best")]
+        pairs += paired("quick-tune", RICH, point("quick-tune", steps), point(RICH, 0), f"{steps}, 0")
     bounds, held = {}, metrics.held_out(SUPERCLASS, seed=1)
     for name, bound in (("ceiling", metrics.ceiling), ("floor", metrics.floor)):
         scores = bound(judge.load(), SUPERCLASS, held)
         bounds[name] = {key: round(scores[key].mean().item(), 5) for key in BOUNDED}
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"a core of {platform.machine()}"
-    return {"commit": commits.pop(), "machine": f"{machine}, torch {torch.__version__}",
+    return {"commit": commits, "machine": f"{machine}, torch {torch.__version__}",
             "seeds": sorted({one["seed"] for one in runs}), **bounds, "best_steps": best,
             "rows": [row(key, found[key], rates[key[0]]) for key in order], "paired": pairs}
 
@@ -135,7 +143,7 @@ def draw(found):
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
     rows = [row for row in found["rows"] if row["pictures"] == 1 and row["identity"] is not None]
-    for method in RATES:
+    for method in (*RATES, RICH):
         at = [r for r in rows if r["method"] == method and r["strength"] in (None, STRENGTH)]
         if at:
             axes.errorbar([r["alignment"] for r in at], [r["identity"] for r in at],
@@ -144,7 +152,7 @@ def draw(found):
                 axes.annotate(r["steps"], (r["alignment"], r["identity"]), fontsize=7, xytext=(3, 3),
                               textcoords="offset points")
     for r in [r for r in rows if r["strength"] not in (None, STRENGTH)]:
-        axes.plot(r["alignment"], r["identity"], "x", color="C0", alpha=0.5)
+        axes.plot(r["alignment"], r["identity"], "x", color=f"C{list(RATES).index(r['method'])}", alpha=0.5)
     axes.axhline(found["ceiling"]["identity"], color="grey", linestyle=":", label="true pictures")
     axes.set(xlabel="alignment: share of the context drawn as asked", ylabel="identity of the one creature")
     axes.legend(fontsize=8)

@@ -7,32 +7,29 @@ variance that is read, and of a class how often the right one is the largest. Le
 import argparse
 
 import torch
-from transformers import CLIPVisionModel
 
 from ..core.encoder import Encoder
-from ..core.tower import Tower, tokens_of
+from ..core.tower import tokens_of
 from . import world
-from .examine import DEMO, SUPERCLASS
+from .examine import SUPERCLASS, tower
 from .reader import SPANS, embed
 
 TRAINED, TESTED, SEED, RIDGE = 3000, 600, 5, 30.0
 
 
-def shown(tower: Tower, split: str, n: int, generator):
+def shown(split: str, n: int, generator):
     """Class tokens (n, l·w) of creatures of a split, alone, and their identities as certain beliefs (n, e)."""
     who, context = world.identities(n, split, SUPERCLASS, generator), world.contexts(n, generator, company="alone")
     pictures = torch.cat([world.render(SUPERCLASS, a, b)[0] for a, b in zip(who.split(100), context.split(100))])
-    return tokens_of(tower, pictures.movedim(1, -1), Encoder.read).flatten(1), embed(SUPERCLASS, who)  # BCHW -> BHWC
+    return tokens_of(tower(), pictures.movedim(1, -1), Encoder.read).flatten(1), embed(SUPERCLASS, who)  # BCHW -> BHWC
 
 
 @torch.no_grad()
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
-    model = CLIPVisionModel.from_pretrained(DEMO / "vision", torch_dtype=torch.float32).eval()
-    tower = Tower(model.config.image_size, "", lambda x: model(x, output_hidden_states=True).hidden_states[1:])
     generator = torch.Generator().manual_seed(SEED)
-    (x, y), (x_test, y_test) = (shown(tower, *of, generator) for of in (("train", TRAINED), ("test", TESTED)))
+    (x, y), (x_test, y_test) = (shown(*of, generator) for of in (("train", TRAINED), ("test", TESTED)))
     mean, spread = x.mean(0), x.std(0)
     A, B = (torch.cat([(t - mean) / spread, torch.ones(len(t), 1)], 1) for t in (x, x_test))
     read = B @ torch.linalg.solve(A.T @ A + RIDGE * torch.eye(A.shape[1]), A.T @ y)

@@ -268,6 +268,12 @@ def rich_caption(superclass, identity, context, second=None, generator=None):
     return _captions(superclass, identity, context, second, _rng(generator), 1)
 
 
+def rich_subject(superclass, identity):
+    """All coarse words that captions ever use for one subject's identity (1, f): "green plain creature with …"."""
+    (coarse,) = bins(superclass, identity).tolist()
+    return " ".join(_subject_words(superclass, coarse, [True] * len(LATTICE)))
+
+
 def context_caption(context, subject, second="house", leave_out=(), generator=None):
     """Captions, a list of m, of a subject given in words ("creature", "<mimi>") in the whole context.
 

@@ -11,7 +11,7 @@ from perfusion.core import host_diffusers
 from perfusion.core.host_diffusers import DiffusersHost
 from perfusion.core.tune import TEMPLATES
 
-every_peer = pytest.mark.parametrize("method", [method for method in creatures.RATES if method != "perfusion"])
+every_peer = pytest.mark.parametrize("method", [method for method in creatures.RATES if method not in creatures.OURS])
 SAMPLE = [(0, 0, 0.3), (0, 1, 0.7)]
 
 
@@ -29,7 +29,7 @@ def host(folder):
 @pytest.fixture
 def small(folder, tmp_path, monkeypatch):
     """A bench of few prompts, samples and steps, with files of its own."""
-    values = {"SAMPLING": 2, "PROMPTS": 2, "OPEN": 2, "DEMO": folder, "STEPS": (0, 2), "DIALLED": (2,),
+    values = {"SAMPLING": 2, "PROMPTS": 2, "OPEN": 2, "DEMO": folder, "STEPS": (0, 2), "DIALLED": {"perfusion": (2,)},
               "RESULTS": tmp_path / "creatures.json", "runs_folder": lambda: tmp_path}
     for module in creatures, examine, table:
         for name, value in values.items():
@@ -75,7 +75,7 @@ def test_a_peer_learns_and_puts_every_weight_back(host, method):
 def test_peers_keep_the_bytes_of_what_they_learn(host):
     kept = {}
     for method in creatures.RATES:
-        if method != "perfusion":
+        if method not in creatures.OURS:
             with peers.learning(method, host, "creature", "<mimi>", 1e-3, 1e-3, TEMPLATES) as peer:
                 kept[method] = peer.bytes
     assert kept["textual-inversion"] == 2 * 128
