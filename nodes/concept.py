@@ -76,6 +76,7 @@ class GateStrength(io.ComfyNode):
                                tooltip="Raw mode: how softly the gate opens around the bias."),
             ],
             outputs=[Concept.Output(display_name="concept", tooltip="The same concept at this strength.")],
+            **known(io.Schema, has_intermediate_output=True),  # told again by runs that find it done
         )
 
     @classmethod
@@ -104,11 +105,14 @@ class ApplyConcept(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="The model with the concept."),
                 io.Clip.Output(display_name="clip", tooltip="Encode all prompts with this one: it knows the word."),
             ],
+            **known(io.Schema, has_intermediate_output=True),
         )
 
     @classmethod
     def execute(cls, model, clip, concept, edit_negative=False) -> io.NodeOutput:
-        return io.NodeOutput(*apply(model, clip, concept, edit_negative, gate_listener(concept)))
+        heard, prompts = gate_listener(concept)
+        # `prompts` fills while prompts are encoded, later; the host sends it at the end of runs that need not encode
+        return io.NodeOutput(*apply(model, clip, concept, edit_negative, heard), ui={"perfusion_heard": (prompts,)})
 
 
 class SaveConcept(io.ComfyNode):

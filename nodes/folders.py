@@ -54,6 +54,8 @@ def free(name: str, data: bytes, kind: str = NAME) -> Path:
     two files of one name the list would give the first, and that might be the other one.
     """
     name = Path(name.strip().removesuffix(".safetensors")).name or KINDS[kind][0]
+    if len(name.encode()) > 200:
+        raise ValueError(f"The name '{name[:40]}…' is longer than a file's may be. Give a shorter one.")
     digest = hashlib.sha256(data).digest()
     for number in range(1, 10**6):
         listed = f"{name}.safetensors" if number == 1 else f"{name}-{number}.safetensors"

@@ -49,7 +49,8 @@ class QuickTune(io.ComfyNode):
             ],
             outputs=[Concept.Output(display_name="concept", tooltip="For Apply and Save Perfusion Concept.")],
             hidden=[io.Hidden.unique_id],
-            **known(io.Schema, search_aliases=["personalize", "train", "dreambooth", "textual inversion", "one photo"]),
+            **known(io.Schema, has_intermediate_output=True,  # the strip is there again after a reload
+                    search_aliases=["personalize", "train", "dreambooth", "textual inversion", "one photo"]),
         )
 
     @classmethod

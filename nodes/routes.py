@@ -15,8 +15,9 @@ def _facts(concept: files.Concept) -> dict:
     return {"word": concept.word, "superclass": concept.superclass, "base": files.BASES[concept.base]}
 
 
-def _refused(error: ValueError | OSError, status: int) -> web.Response:
-    return web.json_response({"error": str(error)}, status=status)
+def _refused(error: ValueError | OSError) -> web.Response:
+    """A sentence is an answer: with a status of 400 every browser would also call it an error on its console."""
+    return web.json_response({"error": error.strerror if isinstance(error, OSError) else str(error)})
 
 
 def register(routes: web.RouteTableDef):
@@ -34,7 +35,7 @@ def register(routes: web.RouteTableDef):
             concept = files.load(path)
             embedded, digest = files.embed(concept)
         except ValueError as error:
-            return _refused(error, 404)
+            return _refused(error)
         return web.json_response({**_facts(concept), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                                   "embedded": embedded, "embedded_sha256": digest, "cover": concept.cover})
 
@@ -47,9 +48,7 @@ def register(routes: web.RouteTableDef):
             files.check_size(len(data), name)
             concept = files.parse(data, name)
             path = folders.save(concept, name)
-        except ValueError as error:
-            return _refused(error, 400)
-        except OSError as error:
-            return _refused(error, 507)
+        except (ValueError, OSError) as error:
+            return _refused(error)
         return web.json_response({**_facts(concept), "name": path.name,
                                   "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})

@@ -6,6 +6,7 @@ import io as bytes_io
 import numpy as np
 import torch
 from comfy.utils import ProgressBar
+from comfy_execution.utils import get_executing_context
 from PIL import Image, ImageDraw
 from server import PromptServer
 
@@ -23,15 +24,17 @@ def gate(concept) -> dict:
             "bias": concept.gate_bias, "temperature": concept.temperature}
 
 
-def gate_listener(concept):
-    """Tells the chart of every prompt that is encoded what the concept's gate sees of it, and which node encodes it."""
-    def heard(words, weight):
-        server = PromptServer.instance
-        seen = {"word": concept.word, "energy": concept.energy, "by": server.last_node_id, "words": words,
-                "weight": weight}
-        server.send_sync("perfusion.gate", seen, server.client_id)
+def gate_listener(concept) -> tuple:
+    """(listener, prompts): the listener tells the chart of every prompt that is encoded what the concept's gate sees of
+    it, and keeps it in `prompts` by the node that encodes it."""
+    prompts = {}
 
-    return heard
+    def heard(words, weight):
+        server, node = PromptServer.instance, get_executing_context().node_id
+        prompts[node] = {"word": concept.word, "energy": concept.energy, "by": node, "words": words, "weight": weight}
+        server.send_sync("perfusion.gate", prompts[node], server.client_id)
+
+    return heard, prompts
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:

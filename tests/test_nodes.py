@@ -145,8 +145,8 @@ def test_the_pack_imports_only_what_requirements_and_the_host_name():
     import ast
 
     named = {line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
-    # Pillow and aiohttp are in ComfyUI's requirements
-    host = {"comfy", "comfy_api", "comfyui_version", "folder_paths", "server", "PIL", "aiohttp"}
+    host = {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server"}
+    host |= {"aiohttp", "PIL"}  # these are in ComfyUI's requirements
     loaded = set((ROOT / "core").glob("*.py")) - {ROOT / "core" / "host_diffusers.py"}  # for machines without ComfyUI
     for path in [*loaded, *(ROOT / "nodes").glob("*.py"), ROOT / "__init__.py"]:
         for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

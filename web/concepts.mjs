@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js"
 export async function ask(query, options) {
   const answer = await api.fetchApi(`/perfusion/concept?${new URLSearchParams(query)}`, options)
   const facts = await answer.json().catch(() => ({ error: `The server answered with ${answer.status}.` }))
-  if (!answer.ok) throw new Error(facts.error)
+  if (facts.error) throw new Error(facts.error)
   return facts
 }
 

@@ -14,13 +14,7 @@ const Y = (opening) => BOTTOM - (BOTTOM - TOP) * opening
 
 const charts = new Set()
 const keyOf = ({ word, energy }) => `${word} ${energy}` // the energy tells two concepts of one word apart
-const placeOf = (node) => `${node.graph.id} ${node.id}`
-
-// What runs have told: which concept passes a node, and by concept and encoding node what its gate sees of the prompt.
-// It outlives a reload, because the server says nothing of a prompt that it need not encode again.
-const KEY = "perfusion.gate"
-const told = JSON.parse(sessionStorage.getItem(KEY) ?? '{"passed": {}, "heard": {}}')
-const keep = () => sessionStorage.setItem(KEY, JSON.stringify(told))
+const heard = {} // by concept, by the node that encodes: what the concept's gate sees of that node's prompt
 
 class Chart {
   constructor(node) {
@@ -41,7 +35,11 @@ class Chart {
     }
     this.chain("onAdded", () => {
       charts.add(this)
-      setTimeout(() => charts.has(this) && this.draw()) // by then a loaded workflow has set the widgets
+      setTimeout(() => {
+        if (!node.graph) return
+        this.draw() // by now a loaded workflow has set the widgets
+        this.ran(app.nodeOutputs?.[node.id]) // of a run before another tab was shown
+      })
     })
     this.chain("onRemoved", () => charts.delete(this))
     this.chain("onExecuted", (output) => this.ran(output))
@@ -58,13 +56,8 @@ class Chart {
   /** A run has told which concept passes here. */
   ran(output) {
     if (!output?.perfusion_gate) return
-    told.passed[placeOf(this.node)] = output.perfusion_gate[0]
-    keep()
+    this.concept = output.perfusion_gate[0]
     this.draw()
-  }
-
-  get concept() {
-    return told.passed[placeOf(this.node)]
   }
 
   /** The gate as the widgets say; as the last run had it where another node turns the dial. */
@@ -86,17 +79,17 @@ class Chart {
 
   /** The prompts of the last runs that say the concept's word. */
   said() {
-    const prompts = this.concept ? Object.values(told.heard[keyOf(this.concept)] ?? {}) : []
+    const prompts = this.concept ? Object.values(heard[keyOf(this.concept)] ?? {}) : []
     return prompts.filter(({ by, weight }) => weight && (by.includes(":") || app.graph.getNodeById(by)))
   }
 
   sentence(off, said) {
     if (off) return `Strength 0: the plain model${this.concept ? `, with the word ${this.concept.superclass}` : ""}.`
     if (said.length) return "How far each word opens it, in percent:"
-    if (this.concept && told.heard[keyOf(this.concept)]) {
+    if (this.concept && heard[keyOf(this.concept)]) {
       return `No prompt says ${this.concept.word}, so the gate stays shut.`
     }
-    return "Once a prompt has been encoded, its words are shown here."
+    return "Queue once to see how far each word of the prompt opens it."
   }
 }
 
@@ -131,13 +124,20 @@ function chips({ words, weight }, open) {
   return row
 }
 
+/** What a gate sees of a prompt has come. */
+function hear(prompt) {
+  const key = keyOf(prompt)
+  heard[key] = { ...heard[key], [prompt.by]: prompt }
+  for (const chart of charts) chart.draw()
+}
+
 app.registerExtension({
   name: "perfusion.gateStrength",
   setup() {
-    api.addEventListener("perfusion.gate", ({ detail }) => {
-      told.heard[keyOf(detail)] = { ...told.heard[keyOf(detail)], [detail.by]: detail }
-      keep()
-      for (const chart of charts) chart.draw()
+    api.addEventListener("perfusion.gate", ({ detail }) => hear(detail))
+    // of prompts that the server need not encode again, Apply tells at the end of a run
+    api.addEventListener("executed", ({ detail }) => {
+      for (const prompts of detail.output?.perfusion_heard ?? []) Object.values(prompts).forEach(hear)
     })
   },
   nodeCreated(node) {
@@ -146,6 +146,6 @@ app.registerExtension({
     node.setSize([Math.max(node.computeSize()[0], 280), node.computeSize()[1]])
   },
   onNodeOutputsUpdated(outputs) {
-    for (const chart of charts) chart.ran(outputs[chart.node.id]) // of a run that ended while another tab was shown
+    for (const chart of charts) chart.ran(outputs[chart.node.id])
   },
 })
