@@ -1,4 +1,4 @@
-# make demo · make test · make test-full · make bench · make bench-quick SEED=n · make bench-speed · make world
+# make demo · make test · make test-full · make test-e2e · make bench · make bench-quick SEED=n · make bench-speed · make world
 # make comfy · make lint
 #
 # .venv is for development only; inside ComfyUI the pack needs nothing beyond what ComfyUI installs.
@@ -10,7 +10,7 @@ COMFYUI_REPOSITORY ?= https://github.com/comfyanonymous/ComfyUI
 COMFYUI_VERSION ?= v0.33.0
 RUN = PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest
 
-.PHONY: setup comfyui test test-full bench bench-quick bench-speed world demo comfy lint clean
+.PHONY: setup comfyui test test-full test-e2e bench bench-quick bench-speed world demo comfy lint clean
 
 setup: .venv/ready comfyui
 
@@ -33,11 +33,15 @@ comfyui: .venv/ready
 	fi
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m "not full" tests
+	OMP_NUM_THREADS=1 $(RUN) -m "not full and not e2e" tests
 	if [ -n "$(FOUND)" ]; then OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py -k sd1; fi
 
 test-full: setup
 	OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py
+
+# What an artist sees, in a real browser before a real server: Debian's chromium, or the browser at $$CHROMIUM.
+test-e2e: setup
+	OMP_NUM_THREADS=1 $(RUN) -m e2e tests/e2e
 
 bench-speed: setup
 	$(BIN)/python -m bench.speed

@@ -1,0 +1,107 @@
+"""A real browser before a real server, in both of the host's renderers. `make test-e2e` runs what is here."""
+
+import base64
+import os
+import shutil
+
+import pytest
+
+from served import as_prompt, serving
+
+NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+READY = """() => window.app?.extensionManager && window.LiteGraph?.registered_node_types.PerfusionLoadConcept
+               && document.querySelector("canvas")"""
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if not path:
+        pytest.exit(f"!!! NO BROWSER: NOTHING THAT AN ARTIST SEES WAS TESTED !!! None of {', '.join(NAMES)} is "
+                    "installed. Install Debian's chromium, or put a browser's path into $CHROMIUM.", 1)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server on the demo model, with the concept mimi.safetensors in its list: two steps, for its picture's sake."""
+    with serving(tmp_path_factory.mktemp("server")) as talk:
+        graph = demo(talk)
+        graph["12"]["inputs"]["cover"] = ["2", 0]
+        status, _, errors = talk.run(graph)
+        assert status == "success", errors
+        yield talk
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory):
+    """A server whose models folder is empty."""
+    with serving(tmp_path_factory.mktemp("elsewhere")) as talk:
+        yield talk
+
+
+def demo(server):
+    """The demo workflow as a prompt, small enough for a test."""
+    graph = as_prompt(server.call("/userdata/workflows%2Fcreature_demo.json"), server.call("/object_info"))
+    graph["3"]["inputs"] |= {"steps": 2, "batch": 1}
+    graph["8"]["inputs"]["batch_size"] = 1
+    graph["9"]["inputs"]["steps"] = 2
+    return graph
+
+
+@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
+def at(request, chromium):
+    """Opens a server's page with nothing on the canvas. What the page complains of, from this pack, fails the test."""
+    complaints, contexts = [], []
+
+    def open_page(server):
+        context = chromium.new_context(viewport={"width": 1400, "height": 900})
+        contexts.append(context)
+        server.call("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param})
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning")
+                and "perfusion" in f"{message.text} {message.location.get('url')}".lower() else None)
+        page.goto(server.url)
+        page.wait_for_function(READY)
+        page.wait_for_timeout(1500)  # the host restores its last workflow
+        page.evaluate("() => { app.graph.clear(); app.canvas.ds.offset = [0, 0]; app.canvas.ds.scale = 1 }")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def put():
+    """Puts a node of a kind on a page's canvas."""
+    def one(page, kind, x=200, y=150):
+        page.evaluate("""([kind, x, y]) => {
+            const node = LiteGraph.createNode(kind); node.pos = [x, y]; app.graph.add(node) }""", [kind, x, y])
+
+    return one
+
+
+@pytest.fixture
+def drop():
+    """Drops a file on the middle of a page's canvas."""
+    def one(page, name, data, kind="", shift=False):
+        page.evaluate("""([name, letters, type, shiftKey]) => {
+            const bytes = Uint8Array.from(atob(letters), (letter) => letter.charCodeAt(0))
+            const dataTransfer = new DataTransfer()
+            dataTransfer.items.add(new File([bytes], name, { type }))
+            const at = { clientX: 600, clientY: 400, bubbles: true, cancelable: true }
+            app.canvas.canvas.dispatchEvent(new DragEvent("drop", { ...at, shiftKey, dataTransfer })) }""",
+                      [name, base64.b64encode(data).decode(), kind, shift])
+
+    return one
