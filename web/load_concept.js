@@ -40,6 +40,11 @@ class Carrier {
       onAdded?.apply(this, args)
       setTimeout(() => node.perfusionCarrier.look()) // by then a loaded workflow has set the widgets
     }
+    const configured = node.onConfigure
+    node.onConfigure = function (...args) {
+      configured?.apply(this, args)
+      node.perfusionCarrier.vouch()
+    }
     const connected = node.onConnectionsChange
     node.onConnectionsChange = function (...args) {
       connected?.apply(this, args)
@@ -51,6 +56,12 @@ class Carrier {
   mean(embedded, sha256) {
     this.embedded.value = embedded
     this.sha256.value = sha256
+  }
+
+  /** An embedded concept's file need not be here: listed on this node, it is no missing model to the host. */
+  vouch() {
+    const { values } = this.name.options
+    if (this.embedded.value && !values.includes(this.name.value)) this.name.options.values = [...values, this.name.value]
   }
 
   say(text, ...buttons) {

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import urllib.request
 
 import pytest
@@ -81,6 +82,8 @@ def test_an_embedded_concept_makes_the_same_picture_where_no_file_is(at, put, dr
     other = at(elsewhere)
     drop(other, "shared.png", made.read_bytes(), "image/png")
     other.get_by_text("embedded: <mimi>").wait_for()
+    other.wait_for_timeout(1000)
+    assert other.get_by_text(re.compile("is missing|Missing Models")).count() == 0
     again = queue(other, elsewhere)
     assert Image.open(again).tobytes() == Image.open(made).tobytes()
 
