@@ -170,7 +170,8 @@ def tune(
             "loss": [round(sum(part) / tail, 6) for part in (losses[:tail], losses[-tail:])],
         }
         return Concept(base=host.base, prediction=host.prediction, superclass=superclass, word=word,
-                       covariance=covariance, training=facts, **lesson.learnt())
+                       covariance=covariance, domain=start.domain if start else "", training=facts,
+                       **lesson.learnt())
 
     with host.training(latents[:1]):
         # clones: what was made under the host's inference mode cannot be saved for the way back

@@ -1,13 +1,10 @@
 """The small model that comes with the pack."""
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
 from ..core.demo_comfy import load
+from .folders import DEMO
 from .schema import CATEGORY
-
-FOLDER = Path(__file__).parent.parent / "demo"
 
 
 class DemoModel(io.ComfyNode):
@@ -30,4 +27,4 @@ class DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load(FOLDER))
+        return io.NodeOutput(*load(DEMO))

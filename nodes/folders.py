@@ -1,5 +1,5 @@
 """Where concepts and domains are read and written: models/perfusion/concepts and models/perfusion/domains, and
-output/perfusion and output/perfusion/domains for what was just saved."""
+output/perfusion and output/perfusion/domains for what was just saved. The demo's domain comes with the pack."""
 
 import hashlib
 import os
@@ -11,6 +11,7 @@ from ..core import concept as files
 from ..core import domain as domains
 
 NAME, DOMAINS = "perfusion", "perfusion_domains"  # in folder_paths, and in a user's extra_model_paths.yaml
+DEMO = Path(__file__).parent.parent / "demo"
 KINDS = {NAME: ("concept", "concepts", ""), DOMAINS: ("domain", "domains", "domains")}
 
 
@@ -27,7 +28,8 @@ def register():
     """Make the folders known to the host, after those that extra_model_paths.yaml may have named."""
     for kind, (_, folder, _) in KINDS.items():
         paths, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
-        own = [str(path) for path in (models() / folder, saved(kind)) if str(path) not in paths]
+        places = models() / folder, saved(kind), *([DEMO / folder] if kind == DOMAINS else [])
+        own = [str(path) for path in places if str(path) not in paths]
         folder_paths.folder_names_and_paths[kind] = (paths + own, {".safetensors"})
 
 

@@ -164,6 +164,7 @@ def test_a_taught_domain_encodes_the_picture_and_quick_tune_goes_on_from_it(cour
     for name, o in plain_values(host, made[0].target_input).items():
         torch.testing.assert_close(made[0].target_output[name], o + u[name][0])
     tuned = tune(host, pictures[:1], CREATURE, MIMI, Tuning(steps=2, batch=2, resolution=64), start=concept)
+    assert tuned.domain == domain.hash
     assert torch.equal(tuned.key_input, concept.key_input)
     assert all((tuned.target_output[n] - concept.target_output[n]).abs().max() > 0 for n in concept.target_output)
 
