@@ -17,7 +17,7 @@ import torch
 
 from . import creatures, metrics, quick
 from . import reader as judge
-from .creatures import DEVICE, OURS, RATES, RESULTS, RICH, STEPS, STRENGTH
+from .creatures import DEVICE, OURS, RATES, RESULTS, RICH, STEPS
 from .examine import SUPERCLASS
 
 PICTURE, TABLE = RESULTS.with_suffix(".png"), RESULTS.with_suffix(".md")
@@ -93,9 +93,10 @@ def results():
     pairs, best = [], {method: steps for method, (_, steps) in creatures.best().items()}
 
     def point(method, steps):
-        return found.get((method, 1, steps, STRENGTH if method in OURS else None), {})
+        return found.get((method, 1, steps, OURS.get(method)), {})
 
-    for a, b in [(a, b) for k, a in enumerate(OURS) for b in (*OURS[k + 1 :], *[m for m in RATES if m not in OURS])]:
+    peers = [method for method in RATES if method not in OURS]
+    for a, b in [("perfusion", "quick-tune"), *((ours, peer) for ours in OURS for peer in peers)]:
         pairs += paired(a, b, point(a, best.get(a)), point(b, best.get(b)), "best")
         for steps in STEPS:
             pairs += paired(a, b, point(a, steps), point(b, steps), steps)
@@ -144,14 +145,14 @@ def draw(found):
     figure, axes = pyplot.subplots(figsize=(7, 5))
     rows = [row for row in found["rows"] if row["pictures"] == 1 and row["identity"] is not None]
     for method in (*RATES, RICH):
-        at = [r for r in rows if r["method"] == method and r["strength"] in (None, STRENGTH)]
+        at = [r for r in rows if r["method"] == method and r["strength"] == OURS.get(method)]
         if at:
             axes.errorbar([r["alignment"] for r in at], [r["identity"] for r in at],
                           yerr=[r["identity_se"] or 0 for r in at], marker="o", label=method, capsize=2)
             for r in at:
                 axes.annotate(r["steps"], (r["alignment"], r["identity"]), fontsize=7, xytext=(3, 3),
                               textcoords="offset points")
-    for r in [r for r in rows if r["strength"] not in (None, STRENGTH)]:
+    for r in [r for r in rows if r["strength"] != OURS.get(r["method"])]:
         axes.plot(r["alignment"], r["identity"], "x", color=f"C{list(RATES).index(r['method'])}", alpha=0.5)
     axes.axhline(found["ceiling"]["identity"], color="grey", linestyle=":", label="true pictures")
     axes.set(xlabel="alignment: share of the context drawn as asked", ylabel="identity of the one creature")
