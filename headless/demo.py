@@ -1,7 +1,8 @@
 """The main job on one page, with nothing but Python: a picture becomes a concept, a file, and a word in prompts.
 
-The picture is of a creature that the demo's model never saw. The sheet shows it beside what the concept makes of each
-prompt, from strength 0, which is the model without the concept, to 1.
+The picture is of a creature that the demo's model never saw. The demo's domain, which knows creatures, encodes it, and
+a few steps improve on that. The sheet shows the picture, what the concept makes of each prompt before any step, and
+after them from strength 0, which is the model without the concept, to 1.
 """
 
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import torch
 
 from core import concept as concepts
+from core import domain as domains
 from core import host_diffusers
 from core import tune as tuning
 
 from . import pictures
+from .encode import concept_of, open_tower
 from .learn import DEMO, captions, say
 
 WORD, SUPERCLASS = "<mimi>", "creature"
@@ -27,15 +30,18 @@ def demo(arguments):
     out, photo = Path(arguments.out), pictures.read(arguments.picture or DEMO / "pictures" / "mimi.png")
     pipe = host_diffusers.load(DEMO)
     host = host_diffusers.DiffusersHost(pipe, SUPERCLASS, DEMO, captions)
+    domain = domains.load(DEMO / "domains" / f"{SUPERCLASS}.safetensors")
+    encoded = concept_of(host, domain, open_tower(DEMO / "vision"), photo, WORD)
     settings = tuning.Tuning(steps=arguments.steps, seed=arguments.seed, resolution=128)
-    learnt = tuning.tune(host, photo, SUPERCLASS, WORD, settings, report=say,
+    learnt = tuning.tune(host, photo, SUPERCLASS, WORD, settings, start=encoded, report=say,
                          keep=lambda concept: str(concepts.save(concept, out / "mimi-stopped.safetensors")))
     path = concepts.save(learnt, out / "mimi.safetensors")
     print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
     learnt, rows = concepts.load(path), []
     for k, prompt in enumerate(PROMPTS):
-        made = [host_diffusers.pictures(pipe, [prompt.format(WORD)], [learnt.at(s)], seeds=[k]) for s in STRENGTHS]
+        shown = [encoded.at(0.5), *(learnt.at(s) for s in STRENGTHS)]
+        made = [host_diffusers.pictures(pipe, [prompt.format(WORD)], [concept], seeds=[k]) for concept in shown]
         rows.append([photo, *made])
-    sheet = pictures.sheet(rows, ["the picture", *(f"strength {s:g}" for s in STRENGTHS)],
-                           [prompt.format(WORD) for prompt in PROMPTS])
+    above = ["the picture", "no step, 0.5", *(f"{arguments.steps} steps, {s:g}" for s in STRENGTHS)]
+    sheet = pictures.sheet(rows, above, [prompt.format(WORD) for prompt in PROMPTS])
     print(pictures.put(out / "demo.png", sheet))

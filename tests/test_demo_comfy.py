@@ -188,9 +188,32 @@ def test_a_file_that_is_missing_or_damaged_is_named(folder, tmp_path, name):
 def test_the_node_gives_four_things_or_says_what_is_missing(folder, monkeypatch, tmp_path):
     from perfusion.nodes import demo
 
-    monkeypatch.setattr(demo, "FOLDER", folder)
+    monkeypatch.setattr(demo, "DEMO", folder)
     model, clip, vae, vision = demo.DemoModel.execute().result
     assert applying.base_of(model) == "creature" and clip.patcher and vae.first_stage_model and vision.patcher
-    monkeypatch.setattr(demo, "FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr(demo, "DEMO", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="missing"):
         demo.DemoModel.execute()
+
+
+def test_both_hosts_encode_the_demos_picture_alike(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from perfusion.core import domain as domains
+    from perfusion.core import host_diffusers
+    from perfusion.core.domain_comfy import encode_concept
+    from perfusion.core.encode import encode
+    from perfusion.nodes.folders import DEMO
+
+    domain = domains.load(DEMO / "domains" / "creature.safetensors")
+    photo = torch.from_numpy(np.array(Image.open(DEMO / "pictures" / "mimi.png"), dtype=np.float32) / 255)[None]
+    with torch.inference_mode():
+        model, clip, vae, vision = demo_comfy.load(DEMO)
+        here = encode_concept(domain, model, clip, vae, vision, photo, "creature", "<mimi>", None, DEMO,
+                              lambda done, total: None)
+    host = host_diffusers.DiffusersHost(host_diffusers.load(DEMO), "creature", DEMO)
+    there = encode(host, domain, tokens_of(tower_of(vision), photo, domain.encoder.read), host.latents(photo),
+                   "creature", "<mimi>")
+    for name in ("embedding", "target_input", "direction", "target_output"):
+        torch.testing.assert_close(getattr(here, name), getattr(there, name), atol=2e-3, rtol=2e-3)

@@ -76,7 +76,6 @@ def test_it_comes_back_from_a_domains_file(ours, inputs, theirs):
     x, samples = inputs
     seen, felt = PublicEncoder.read(states(theirs.clip_vision, x)), pooled(samples)
     torch.testing.assert_close(again.encoder(seen, felt), ours(seen, felt), atol=1e-2, rtol=1e-2)
-    assert (again.encoder.prompt, again.encoder.places, again.encoder.modulated) == ("", "layers", True)
 
 
 @pytest.mark.parametrize("name, shape", [

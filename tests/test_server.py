@@ -153,9 +153,10 @@ def test_the_web_folder_is_served(server):
     assert any("perfusion" in path for path in server.call("/extensions"))
 
 
-def test_the_demo_workflow_is_in_the_list_and_runs_on_the_demo_model(server):
-    assert "creature_demo.json" in server.call("/userdata?dir=workflows")
-    workflow = server.call("/userdata/workflows%2Fcreature_demo.json")
+@pytest.mark.parametrize("name", ["creature_demo", "one_picture_five_steps"])
+def test_a_workflow_of_the_pack_is_in_the_list_and_runs_on_the_demo_model(server, name):
+    assert f"{name}.json" in server.call("/userdata?dir=workflows")
+    workflow = server.call(f"/userdata/workflows%2F{name}.json")
     graph = as_prompt(workflow, server.call("/object_info"))
     tuning = next(box for box in graph.values() if box["class_type"] == "PerfusionQuickTune")
     tuning["inputs"]["steps"] = 2
