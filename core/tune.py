@@ -52,8 +52,8 @@ class Tuning:
     mirror: bool = False
     learning_rate: float = 0.3  # of the value outputs
     embedding_learning_rate: float = 0.002
-    trust: float = 0.1  # ρ and, below, ρ': in the place of both rates where an earlier concept is gone on from
-    embedding_trust: float = 0.01
+    trust: float = 0.03  # ρ and, below, ρ': in the place of both rates where an earlier concept is gone on from
+    embedding_trust: float = 0.003
     templates: tuple[str, ...] = TEMPLATES
 
 
