@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .swap import swapped
+
 # The gate while learning and, at strength .5, while making pictures. The paper's (.75, .10; .70, .15) stand for an i*
 # that is the mean over short templates; ours is the mean over prompts of all kinds (bench/research.md has the figures).
 TRAIN_BIAS, TRAIN_TEMPERATURE = 0.45, 0.10
@@ -169,25 +171,17 @@ def edited(projections: dict[str, torch.nn.Module], edit: Edit):
     def key(plain):
         return lambda x: plain(of(x)[0])
 
-    def value(plain, target_output):
-        def forward(x):
-            _, rest, g = of(x)
-            out = plain(rest)
-            return out + (g @ target_output).to(out.dtype)
+    def value(target_output):
+        def forward_of(plain):
+            def forward(x):
+                _, rest, g = of(x)
+                out = plain(rest)
+                return out + (g @ target_output).to(out.dtype)
 
-        return forward
+            return forward
 
-    swapped = []
-    try:
-        for name, module in projections.items():
-            own, plain = "forward" in module.__dict__, module.forward
-            output = edit.target_output.get(name)
-            module.forward = key(plain) if output is None else value(plain, output)
-            swapped.append((module, own, plain))
+        return forward_of
+
+    outputs = edit.target_output
+    with swapped((module, value(outputs[name]) if name in outputs else key) for name, module in projections.items()):
         yield of
-    finally:
-        for module, own, plain in reversed(swapped):
-            if own:
-                module.forward = plain
-            else:
-                del module.forward

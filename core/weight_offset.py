@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .swap import swapped
+
 
 class Offset(NamedTuple):
     """The factors of one weight's Δ."""
@@ -122,29 +124,20 @@ def modulated(modules: Mapping[str, torch.nn.Module], offsets: Mapping[str, Offs
     """
     check_fit(modules, offsets)
 
-    def forward_of(module, plain, offset):
-        def forward(x):
-            held = module._parameters  # module.weight takes a Parameter only, and this one is computed
-            weight = held["weight"]
-            held["weight"] = modulate(weight, offset).to(x.dtype)
-            try:
-                return plain(x)
-            finally:
-                held["weight"] = weight
+    def under(module, offset):
+        def forward_of(plain):
+            def forward(x):
+                held = module._parameters  # module.weight takes a Parameter only, and this one is computed
+                weight = held["weight"]
+                held["weight"] = modulate(weight, offset).to(x.dtype)
+                try:
+                    return plain(x)
+                finally:
+                    held["weight"] = weight
 
-        return forward
+            return forward
 
-    swapped = []
-    try:
-        for name, offset in offsets.items():
-            module = modules[name]
-            own, plain = "forward" in module.__dict__, module.forward
-            module.forward = forward_of(module, plain, offset)
-            swapped.append((module, own, plain))
+        return forward_of
+
+    with swapped((modules[name], under(modules[name], offset)) for name, offset in offsets.items()):
         yield
-    finally:
-        for module, own, plain in reversed(swapped):
-            if own:
-                module.forward = plain
-            else:
-                del module.forward
