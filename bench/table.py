@@ -104,7 +104,8 @@ def results():
         pairs += [pair for method in RATES if method != "quick-tune" for pair in
                   paired("quick-tune", method, point("quick-tune", steps), point(method, best.get(method)),
                          f"{steps}, best")]
-        pairs += paired("quick-tune", RICH, point("quick-tune", steps), point(RICH, 0), f"{steps}, 0")
+        for method in RICH, "quick-tune":
+            pairs += paired("quick-tune", method, point("quick-tune", steps), point(method, 0), f"{steps}, 0")
     bounds, held = {}, metrics.held_out(SUPERCLASS, seed=1)
     for name, bound in (("ceiling", metrics.ceiling), ("floor", metrics.floor)):
         scores = bound(judge.load(), SUPERCLASS, held)

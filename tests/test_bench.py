@@ -29,7 +29,7 @@ def host(folder):
 @pytest.fixture
 def small(folder, tmp_path, monkeypatch):
     """A bench of few prompts, samples and steps, with files of its own."""
-    values = {"SAMPLING": 2, "PROMPTS": 2, "OPEN": 2, "DEMO": folder, "STEPS": (0, 2), "DIALLED": {"perfusion": (2,)},
+    values = {"SAMPLING": 2, "PROMPTS": 2, "OPEN": 2, "DEMO": folder, "STEPS": (0, 2), "DIALLED": {"perfusion": (2,), "quick-tune": ()},
               "RESULTS": tmp_path / "creatures.json", "runs_folder": lambda: tmp_path}
     for module in creatures, examine, table:
         for name, value in values.items():
@@ -119,6 +119,20 @@ def test_a_run_can_be_repeated_and_its_table_says_what_it_said(host, small):
     assert {"commit", "machine", "seeds", "ceiling", "floor", "rows", "paired"} <= set(found)
     assert found["ceiling"]["identity"] > found["floor"]["identity"]
     assert {p["steps"] for p in found["paired"]} >= {0, 2} and "perfusion" in table.table(found)
+
+
+def test_quick_tune_begins_from_what_the_demos_domain_makes_of_the_picture(host, small):
+    done = creatures.run(host.pipe, "quick-tune", 0.0, "test", 0, 0, 1, 2)
+    words = creatures.run(host.pipe, creatures.RICH, 0, "test", 0, 0, 1, 0)
+    kept = [{name: row[name] for name in ("identity", "alignment", "leak", "drift")} for row in done["rows"]]
+    assert [row["strength"] for row in done["rows"]] == [1.0] * 2 and kept[0] == kept[1]  # a rate of 0 moves nothing
+    assert done["domain"] == creatures.domain().hash and words["domain"] is None
+    assert [row["steps"] for row in words["rows"]] == [0]
+    keep(small, "test-0", done | {"rate": creatures.chosen()["quick-tune"]})
+    keep(small, "test-1", words)
+    found = table.results()
+    assert {row["method"] for row in found["rows"]} == {"quick-tune", "rich-words"}
+    assert {"2, 0"} <= {pair["steps"] for pair in found["paired"]}
 
 
 def test_a_run_that_learns_no_number_ends_with_what_it_had(host, small):
