@@ -5,6 +5,7 @@ Two programs that share no code of a model; where they agree, what the pack read
 
 import copy
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,7 +274,7 @@ def predictions(w, concepts, sigma=2.5):
     words = hd.words_of(w.pipe, concepts)
     more = hd.added(hd.pooled(hd.encoders(w.pipe), prompts, words), 64, 64) if w.kind == "sdxl" else {}
     on = tuple(c for c in concepts if not c.off)
-    edit = edited(hd.projections(w.pipe.unet), JointEdit(on)(present)) if on else edited({}, None)
+    edit = edited(hd.projections(w.pipe.unet), JointEdit(on)(present)) if on else nullcontext()
     with torch.no_grad(), edit:
         found = w.pipe.unet(x / (1 + sigma**2) ** 0.5, sampling.timestep(torch.tensor(sigma)), context,
                             added_cond_kwargs=more).sample
