@@ -29,7 +29,8 @@ def host(folder):
 @pytest.fixture
 def small(folder, tmp_path, monkeypatch):
     """A bench of few prompts, samples and steps, with files of its own."""
-    values = {"SAMPLING": 2, "PROMPTS": 2, "OPEN": 2, "DEMO": folder, "STEPS": (0, 2), "DIALLED": {"perfusion": (2,), "quick-tune": ()},
+    values = {"SAMPLING": 2, "PROMPTS": 2, "OPEN": 2, "DEMO": folder, "STEPS": (0, 2),
+              "DIALLED": {"perfusion": (2,), "quick-tune": ()},
               "RESULTS": tmp_path / "creatures.json", "runs_folder": lambda: tmp_path}
     for module in creatures, examine, table:
         for name, value in values.items():
