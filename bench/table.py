@@ -104,7 +104,7 @@ def results():
         pairs += [pair for method in RATES if method != "quick-tune" for pair in
                   paired("quick-tune", method, point("quick-tune", steps), point(method, best.get(method)),
                          f"{steps}, best")]
-        for method in RICH, "quick-tune":
+        for method in (RICH, "quick-tune") if steps else (RICH,):
             pairs += paired("quick-tune", method, point("quick-tune", steps), point(method, 0), f"{steps}, 0")
     bounds, held = {}, metrics.held_out(SUPERCLASS, seed=1)
     for name, bound in (("ceiling", metrics.ceiling), ("floor", metrics.floor)):
