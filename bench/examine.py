@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPVisionModel
 
 from ..core import host_diffusers
-from ..core.tower import Tower, hash_of
+from ..core.tower import Tower, of_transformers
 from . import metrics, world
 from . import reader as judge
 
@@ -41,9 +41,7 @@ def miniature(folder=None):
 @cache
 def tower() -> Tower:
     """The miniature's vision tower."""
-    model = CLIPVisionModel.from_pretrained(DEMO / "vision", torch_dtype=torch.float32).eval()
-    return Tower(model.config.image_size, hash_of(model.state_dict()),
-                 lambda x: model(x, output_hidden_states=True).hidden_states[1:])
+    return of_transformers(CLIPVisionModel.from_pretrained(DEMO / "vision", torch_dtype=torch.float32).eval())
 
 
 def in_full(unet, inputs, answer):

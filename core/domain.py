@@ -22,7 +22,7 @@ from .public_encoder import PublicEncoder
 from .weight_offset import Offset
 
 FORMAT = "perfusion-domain/1"
-LARGEST = 512 * 2**20  # bytes; SDXL with ViT-bigG has some 150 MB
+LARGEST = 512 * 2**20  # bytes; SDXL with ViT-bigG has some 310 MB
 TENSOR = re.compile(r"encoder\.(tower(\.\d+)?|unet|join|ln_post|out\.clip_[lgh]|values\..+\.to_v)\.(weight|bias)|"
                     r"offset\..+\.(output|input)")
 VALUE = re.compile(r"(?<=^values\.).+(?=\.(weight|bias)$)")  # the projection, in which the encoder has no dots

@@ -26,6 +26,12 @@ class Tower:
     states: Callable[[Tensor], Sequence[Tensor]]
 
 
+def of_transformers(model) -> Tower:
+    """The tower that a CLIPVisionModel of transformers is, on the device on which it is."""
+    return Tower(model.config.image_size, hash_of(model.state_dict()),
+                 lambda x: model(x.to(model.device), output_hidden_states=True).hidden_states[1:])
+
+
 def middle(images: Tensor, side: int) -> Tensor:
     """The middle square of pictures (m, H, W, 3) in 0..1, as (m, 3, side, side)."""
     x = images.movedim(-1, 1).float()  # BHWC -> BCHW

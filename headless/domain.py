@@ -32,8 +32,8 @@ from .learn import open_model
 
 # A checkpoint refuses other learning rates than those that it began with, and takes another precision.
 WAY_OUT = ("A checkpoint that was written is as it was. With --precision fp16, go on from it with bf16 or no; else "
-           "begin anew with a lower --learning-rate and another --out. If it stops at the "
-           "first step, the model or the VAE gives NaN by itself: use another.")
+           "begin anew with a lower --learning-rate and another --out. If it stops at the first step, the model or the "
+           "VAE gives NaN by itself: use another.")
 
 
 def facts_of(host, tower: Tower, album: Path, paths: list[Path], lines: list[list[str]], resolution: int) -> dict:

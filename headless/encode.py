@@ -10,7 +10,7 @@ from core import domain as domains
 from core import encode as encoding
 from core import host_diffusers
 from core import tune as tuning
-from core.tower import Tower, hash_of, tokens_of
+from core.tower import Tower, of_transformers, tokens_of
 
 from .learn import alike, captions, open_model, target
 
@@ -22,9 +22,7 @@ def open_tower(path) -> Tower:
     except (OSError, ValueError) as error:
         raise ValueError(f"'{path}' is not a folder of a CLIP vision model (config.json and model.safetensors): "
                          f"{error}") from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Tower(model.config.image_size, hash_of(model.state_dict()),
-                 lambda x: model(x.to(model.device), output_hidden_states=True).hidden_states[1:])
+    return of_transformers(model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def concept_of(host, domain: domains.Domain, tower: Tower, images: torch.Tensor, word: str) -> concepts.Concept:

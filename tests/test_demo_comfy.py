@@ -14,7 +14,7 @@ from perfusion.core import demo_comfy
 from perfusion.core.encoder import Encoder
 from perfusion.core.host_comfy import tower_of
 from perfusion.core.quick_tune import quick_tune
-from perfusion.core.tower import Tower, hash_of, tokens_of
+from perfusion.core.tower import of_transformers, tokens_of
 from perfusion.core.tune import Tuning
 
 pytestmark = pytest.mark.host
@@ -92,8 +92,7 @@ def test_the_vae_makes_and_reads_the_latents_of_the_files(folder, loaded):
 def test_the_vision_tower_reads_what_transformers_reads(folder, loaded):
     pictures = random(3, 128, 96, 3)
     model = CLIPVisionModel.from_pretrained(folder / "vision", torch_dtype=torch.float32)
-    ours, theirs = tower_of(loaded[3]), Tower(
-        128, hash_of(model.state_dict()), lambda x: model(x, output_hidden_states=True).hidden_states[1:])
+    ours, theirs = tower_of(loaded[3]), of_transformers(model)
     assert ours.hash == theirs.hash and ours.size == 128
     a, b = (tokens_of(tower, pictures, Encoder.read) for tower in (ours, theirs))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

@@ -15,7 +15,7 @@ from perfusion.core.domain import parse
 from perfusion.core.encoder import Encoder
 from perfusion.core.host_comfy import tower_of
 from perfusion.core.school import Schooling
-from perfusion.core.tower import Tower, hash_of, tokens_of
+from perfusion.core.tower import of_transformers, tokens_of
 
 pytestmark = pytest.mark.host
 
@@ -38,8 +38,7 @@ def towers(tmp_path_factory):
     state = {f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in model.state_dict().items()}
     missing, unknown = vision.load_sd(state)
     assert not unknown and all("visual_projection" in name for name in missing)
-    return vision, Tower(32, hash_of(model.state_dict()),
-                         lambda x: model(x, output_hidden_states=True).hidden_states[1:])
+    return vision, of_transformers(model)
 
 
 @pytest.fixture(scope="module")

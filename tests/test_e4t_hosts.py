@@ -17,7 +17,7 @@ from perfusion.core.concept import load
 from perfusion.core.domain import dump, parse
 from perfusion.core.encode import encode
 from perfusion.core.openclip import as_transformers
-from perfusion.core.tower import Tower, hash_of, prepare, tokens_of
+from perfusion.core.tower import of_transformers, prepare, tokens_of
 from perfusion.headless import pictures
 
 import checkpoints
@@ -64,8 +64,7 @@ def w(tmp_path_factory):
         pipe = test_two_hosts.pipeline_of("sd1", *parts[:2])
         yield SimpleNamespace(
             folder=folder, theirs=theirs, offsets=offsets, domain=domain, vision=vision, parts=parts, pipe=pipe,
-            model=model, tower=Tower(32, hash_of(model.state_dict()),
-                                     lambda x: model(x, output_hidden_states=True).hidden_states[1:]),
+            model=model, tower=of_transformers(model),
             comfy=host_comfy.ComfyHost(*parts, CAT, folder), diffusers=hd.DiffusersHost(pipe, CAT, folder))
 
 

@@ -14,7 +14,7 @@ from perfusion.core.concept import dump, parse
 from perfusion.core.encode import encode
 from perfusion.core.encoder import Encoder
 from perfusion.core.host_diffusers import DiffusersHost
-from perfusion.core.tower import Tower, hash_of, prepare, tokens_of
+from perfusion.core.tower import of_transformers, prepare, tokens_of
 from perfusion.core.train_domain import Course
 from perfusion.core.tune import TEMPLATES, Tuning, tune
 from perfusion.core.weight_offset import Offset, modulate
@@ -44,9 +44,9 @@ def host(pipe):
 @pytest.fixture(scope="module")
 def tower():
     torch.manual_seed(0)
-    model = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, hidden_size=32, intermediate_size=64,
-                                             num_hidden_layers=4, num_attention_heads=2)).eval()
-    return Tower(32, hash_of(model.state_dict()), lambda x: model(x, output_hidden_states=True).hidden_states[1:])
+    return of_transformers(CLIPVisionModel(CLIPVisionConfig(
+        image_size=32, patch_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=2)).eval())
 
 
 @pytest.fixture(scope="module")
