@@ -25,7 +25,7 @@ from ..core.encode import encode
 from ..core.host_diffusers import DiffusersHost
 from ..core.tower import tokens_of
 from ..core.tune import Lesson, Tuning, fit, schedule
-from . import memory, peers, world
+from . import e4t, memory, peers, world
 from . import reader as judge
 from .examine import DEMO, DEVICE, GUIDANCE, SAMPLING, SUPERCLASS, WORD, Examiner, miniature, ours, tower
 
@@ -36,14 +36,15 @@ SEARCHED = 150  # steps of a run that searches, which is not scored after 0 and 
 RATES = {  # of the weights, or of the embedding where nothing else is learnt; of quick-tune its trust
     "perfusion": (0.03, 0.1, 0.3), "quick-tune": (0.03, 0.1, 0.3), "textual-inversion": (0.002, 0.006, 0.02),
     "lora": (0.001, 0.003, 0.01), "custom-diffusion": (0.0003, 0.001, 0.003), "dreambooth": (0.0001, 0.0003, 0.001),
+    "e4t-full": (0.0001, 0.0003, 0.001), "e4t-tokens": (0.002, 0.006, 0.02),
 }
 RICH = "rich-words"  # nothing is learnt: the prompt names all that captions ever name of a creature
-MOST = {"quick-tune": 50, RICH: 0}  # steps
+MOST = {"quick-tune": 50, "e4t-full": 50, "e4t-tokens": 50, RICH: 0}  # steps
 EMBEDDING_RATE = 0.006  # beside weights; beside value outputs it is Tuning's own
 OURS = {"perfusion": 0.5, "quick-tune": 1.0}  # the strength that each is scored at, the best on dev creatures
 DIAL = (0.25, 0.5, 0.75, 1.0)  # all of these after so many steps:
 DIALLED = {"perfusion": (150,), "quick-tune": (0, 5)}
-DOMAIN = DEMO / "domains" / f"{SUPERCLASS}.safetensors"
+DOMAINS = {"quick-tune": DEMO / "domains" / f"{SUPERCLASS}.safetensors", **e4t.FILES}  # what a method begins from
 
 
 @cache
@@ -94,8 +95,9 @@ def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures:
             embedding = start.embedding if start else host.embedding(SUPERCLASS)
             learner = Lesson(host, SUPERCLASS, WORD, embedding, C_inv, settings, start)
         elif method != RICH:
-            learner = undo.enter_context(peers.learning(method, host, SUPERCLASS, WORD, rate, EMBEDDING_RATE,
-                                                        settings.templates))
+            start = e4t.started(method, host, images) if method in e4t.KINDS else (host.embedding(SUPERCLASS), {})
+            learner = undo.enter_context(peers.learning(method, host, WORD, rate, EMBEDDING_RATE, settings.templates,
+                                                        *start))
         for step in range(last + 1):
             if not math.isfinite(loss):
                 break
@@ -111,20 +113,21 @@ def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures:
 
 
 @cache
-def domain():
-    """The demo's."""
-    return domains.load(DOMAIN)
+def domain(method):
+    """What a method begins from, None where that is the superclass word."""
+    return domains.load(DOMAINS[method]) if method in DOMAINS and DOMAINS[method].exists() else None
 
 
 def domain_of(method: str) -> str | None:
-    """The hash of the domain that a method uses."""
-    return domain().hash if method == "quick-tune" else None
+    """The hash of the domain that a method begins from."""
+    return domain(method) and domain(method).hash
 
 
 def encoded(host, images, latents) -> Concept:
-    """What the domain makes of pictures (m, 3, H, W), before any step."""
-    seen = tokens_of(tower(), images.movedim(1, -1), domain().encoder.read)  # BCHW -> BHWC
-    return encode(host, domain(), seen, latents, SUPERCLASS, WORD)
+    """What our domain makes of pictures (m, 3, H, W), before any step."""
+    ours = domain("quick-tune")
+    seen = tokens_of(tower(), images.movedim(1, -1), ours.encoder.read)  # BCHW -> BHWC
+    return encode(host, ours, seen, latents, SUPERCLASS, WORD)
 
 
 def runs(arguments):

@@ -21,21 +21,26 @@ TRAINED = WORK / f"{SUPERCLASS}.safetensors"
 SETTINGS = {"steps": 5000, "batch": 32, "learning_rate": 2e-3, "every": 500, "precision": "bf16"}
 
 
+def chunk(first):
+    """CHUNK pictures (CHUNK, 3, H, W) in bytes from the first on, and the captions of each, with {} where it is."""
+    generator = torch.Generator().manual_seed(SEED * 100_000 + first)
+    context = world.contexts(CHUNK, generator, company="alone")
+    who = world.identities(CHUNK, "train", SUPERCLASS, generator)
+    pictures = (world.render(SUPERCLASS, who, context)[0] * 255).round().byte()
+    said = [world.context_caption(context, "{}", generator=generator) for _ in range(WORDINGS)]
+    return pictures, list(zip(*said))
+
+
 def draw(folder, n=PICTURES):
     """Write n pictures with their captions, those that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, n, CHUNK):
         if (folder / f"{min(first + CHUNK, n) - 1:05}.txt").exists():
             continue
-        generator = torch.Generator().manual_seed(SEED * 100_000 + first)
-        context = world.contexts(CHUNK, generator, company="alone")
-        who = world.identities(CHUNK, "train", SUPERCLASS, generator)
-        pictures = (world.render(SUPERCLASS, who, context)[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        captions = [world.context_caption(context, "{}", generator=generator) for _ in range(WORDINGS)]
+        pictures, captions = chunk(first)
         for k in range(min(CHUNK, n - first)):
-            Image.fromarray(pictures[k]).save(folder / f"{first + k:05}.png")
-            lines = "\n".join(said[k] for said in captions)
-            (folder / f"{first + k:05}.txt").write_text(lines + "\n", encoding="utf-8")
+            Image.fromarray(pictures[k].permute(1, 2, 0).numpy()).save(folder / f"{first + k:05}.png")
+            (folder / f"{first + k:05}.txt").write_text("\n".join(captions[k]) + "\n", encoding="utf-8")
 
 
 def main():

@@ -5,6 +5,8 @@ Each learns an embedding for the word, and beside it
     lora                rank-4 updates W + BA of every attention projection (Hu et al. 2021, arXiv 2106.09685)
     custom-diffusion    keys and values of cross-attention (Kumari et al. 2023, arXiv 2212.04488)
     dreambooth          every weight of the UNet (Ruiz et al. 2023, arXiv 2208.12242)
+    e4t-full            the same, from an encoder's embedding and weight offsets (Gal et al. 2023, arXiv 2302.12228)
+    e4t-tokens          nothing, from an encoder's embedding
 Prior preservation is left out of all of them: no method here sees more than the pictures of its concept.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.prompt_diffusers import Token, read
+from ..core.weight_offset import Offset, modulate
 
 RANK = 4
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,19 +37,23 @@ class LowRank(nn.Module):
 
 
 class Peer:
-    """One run of a peer: what is learnt, one step of learning it, and the UNet while it is on.
+    """One run of a peer: what is learnt, one step of learning it, and the UNet while it is on. It begins from an
+    embedding (d of each text encoder) and the weights under offsets, by attention weight.
 
     `learning_rate` is of the weights, or of the embedding where nothing else is learnt; beside weights the embedding
     learns at `embedding_learning_rate`.
     """
 
-    def __init__(self, method: str, host, superclass: str, word: str, learning_rate: float,
-                 embedding_learning_rate: float, templates):
+    def __init__(self, method: str, host, word: str, learning_rate: float, embedding_learning_rate: float, templates,
+                 embedding: dict[str, Tensor], offsets: dict[str, Offset]):
         self.host, self.word, self.templates = host, word, templates
         self.unet = host.pipe.unet
-        self.embedding = {name: v.to(host.device).requires_grad_() for name, v in host.embedding(superclass).items()}
+        self.embedding = {name: v.detach().to(host.device).requires_grad_() for name, v in embedding.items()}
         self.before = {name: p.detach().clone() for name, p in self.unet.named_parameters()}
         self.low_rank = []
+        with torch.no_grad():
+            for name, offset in offsets.items():
+                host.attention[name].weight.copy_(modulate(host.attention[name].weight, offset))
         if method == "lora":
             torch.manual_seed(0)
             for name, module in list(self.unet.named_modules()):
@@ -57,7 +64,7 @@ class Peer:
         elif method == "custom-diffusion":
             learnt = [module.weight for module in host.projections.values()]
         else:
-            learnt = list(self.unet.parameters()) if method == "dreambooth" else []
+            learnt = list(self.unet.parameters()) if method in ("dreambooth", "e4t-full") else []
         for p in learnt:
             p.requires_grad_()
         alone = not learnt

@@ -3,6 +3,8 @@
 Figures are ratios of two things that take turns in one process: median and quartiles over the pairs. Time is CPU time
 (idle threads sleep), which other work on the machine moves far less than wall time; its ratio stands beside it.
 - Sampling: guided one-step samples of one prompt with three concepts, over those of the same model without any.
+- Five steps: of Quick Tune with its batch of four, over four pictures of 25 guided steps: a step over a one-step
+  sample of four, times 5/25.
 - Step: one of Quick Tune over one of ComfyUI's Train LoRA node, both in fp32 without checkpointing; and, with no goal,
   over the node's defaults (bf16, the UNet checkpointed as a whole) and over its bypass mode in fp32.
 - Memory: peak resident memory of two such steps, each in a fresh process, beyond the loaded model (the node loads two).
@@ -76,26 +78,29 @@ class Bench:
         return concept.Concept(self.host.base, superclass, word, self.host.embedding(superclass), target, target,
                                direction.float(), outputs, energy, self.covariance)
 
+    def sampler(self, samples: int, model, clip, words, pictures: int = 1):
+        """A loop that draws guided one-step samples."""
+        noise = comfy.sample.prepare_noise(latent := torch.zeros(pictures, 4, self.size // 8, self.size // 8), 0)
+        conds = self.encode(clip, PROMPT.format(*words)), self.encode(clip, "blurry")
+        return lambda done: [done(comfy.sample.sample(model, noise, 1, 6.0, "euler", "normal", *conds, latent,
+                                                      disable_pbar=True)) for _ in range(samples)]
+
     def samplers(self, samples: int):
-        """Loops that draw guided one-step samples: with three concepts, and without any."""
+        """Loops: with three concepts, and without any."""
         from perfusion.core.apply import apply
 
         model, clip = self.model, self.clip
-        noise = comfy.sample.prepare_noise(latent := torch.zeros(1, 4, self.size // 8, self.size // 8), 0)
         for word, superclass in THINGS.items():
             model, clip = apply(model, clip, self.concept(word, superclass))
+        return self.sampler(samples, model, clip, THINGS), self.plain(samples)
 
-        def loop(model, clip, words):
-            conds = self.encode(clip, PROMPT.format(*words)), self.encode(clip, "blurry")
-            return lambda done: [done(comfy.sample.sample(model, noise, 1, 6.0, "euler", "normal", *conds, latent,
-                                                          disable_pbar=True)) for _ in range(samples)]
+    def plain(self, samples: int, pictures: int = 1):
+        return self.sampler(samples, self.model, self.clip, THINGS.values(), pictures)
 
-        return loop(model, clip, THINGS), loop(self.model, self.clip, THINGS.values())
-
-    def tune(self, steps: int, done):
+    def tune(self, steps: int, done, batch: int = 1):
         from perfusion.core.tune import Tuning, tune
 
-        tune(self.host, self.picture, "cat", "<mimi>", Tuning(steps, batch=1, resolution=self.size), report=done)
+        tune(self.host, self.picture, "cat", "<mimi>", Tuning(steps, batch=batch, resolution=self.size), report=done)
 
     def lora(self, steps: int, options: dict, done):
         from comfy_extras.nodes_train import TrainLoraNode
@@ -186,6 +191,8 @@ def main():
     with torch.inference_mode():
         bench = Bench(*where)
         rows += [row("sampling, three concepts / none", in_turn(*bench.samplers(3 * n + 1)), 1.01)]
+        found = in_turn(partial(bench.tune, n + 1, batch=4), bench.plain(n + 1, pictures=4))
+        rows += [row("five steps of Quick Tune / four pictures of 25 steps", [5 / 25 * ratio for ratio in found], 0.25)]
     for peer, options, goal in PEERS:
         count = n + 1 if goal else n // 2 + 2
         loops = partial(bench.tune, count), partial(bench.lora, count, options)

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perfusion.bench import creatures, domain, examine, peers, table, world
+from perfusion.bench import creatures, domain, e4t, examine, peers, table, world
+from perfusion.core import domain as domains
 from perfusion.core import host_diffusers
 from perfusion.core.host_diffusers import DiffusersHost
+from perfusion.core.school import Schooling, train
 from perfusion.core.tune import TEMPLATES
+from perfusion.core.weight_offset import delta, modulated
 
 every_peer = pytest.mark.parametrize("method", [method for method in creatures.RATES if method not in creatures.OURS])
 SAMPLE = [(0, 0, 0.3), (0, 1, 0.7)]
@@ -57,16 +60,20 @@ def steps(peer, n=2):
     return [peer.step(latents, torch.ones(1, 1, 8, 8), SAMPLE, torch.Generator().manual_seed(2)) for _ in range(n)]
 
 
+def learning(method, host, embedding=None, offsets=None):
+    return peers.learning(method, host, "<mimi>", 1e-3, 1e-3, TEMPLATES, embedding or host.embedding("creature"),
+                          offsets or {})
+
+
 @every_peer
 def test_a_peer_learns_and_puts_every_weight_back(host, method):
     before, asked = weights(host), [p.requires_grad for p in host.pipe.unet.parameters()]
-    with host.training(torch.zeros(1, 8, 8, 8)), peers.learning(
-            method, host, "creature", "<mimi>", 1e-3, 1e-3, TEMPLATES) as peer:
+    with host.training(torch.zeros(1, 8, 8, 8)), learning(method, host) as peer:
         losses = steps(peer, 4)
         assert losses[-1] < losses[0]
         kept = [torch.equal(m.weight, before[f"{name}.weight"])
                 for name, m in host.pipe.unet.named_modules() if isinstance(m, torch.nn.Linear)]
-        assert (method == "textual-inversion") == all(kept)
+        assert (method in ("textual-inversion", "e4t-tokens")) == all(kept)
         assert peer.bytes >= 2 * 128
     after = weights(host)
     assert before.keys() == after.keys() and all(torch.equal(w, after[name]) for name, w in before.items())
@@ -77,7 +84,7 @@ def test_peers_keep_the_bytes_of_what_they_learn(host):
     kept = {}
     for method in creatures.RATES:
         if method not in creatures.OURS:
-            with peers.learning(method, host, "creature", "<mimi>", 1e-3, 1e-3, TEMPLATES) as peer:
+            with learning(method, host) as peer:
                 kept[method] = peer.bytes
     assert kept["textual-inversion"] == 2 * 128
     assert kept["textual-inversion"] < kept["lora"] < kept["custom-diffusion"] < kept["dreambooth"]
@@ -85,10 +92,34 @@ def test_peers_keep_the_bytes_of_what_they_learn(host):
 
 
 def test_a_peer_that_has_learnt_nothing_draws_the_class_word(host):
-    with peers.learning("lora", host, "creature", "<mimi>", 1e-3, 1e-3, TEMPLATES) as peer:
+    with learning("lora", host) as peer:
         drawn = peer.draw(["a <mimi> in the snow"], [3], sampling=2, guidance=3.0)
     plain = host_diffusers.pictures(host.pipe, ["a creature in the snow"], steps=2, guidance=3.0, seeds=[3])
     torch.testing.assert_close(drawn, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", e4t.KINDS)
+def test_a_rival_domain_learns_and_what_is_tuned_from_it_begins_as_it_draws(host, kind, tmp_path):
+    r = torch.Generator().manual_seed(1)
+    latents, seen, heard = torch.randn(6, 8, 8, 8, generator=r), torch.randn(6, 2, 8, generator=r), []
+
+    def data(rows, generator):
+        return latents[rows], torch.ones(len(rows), 1, 8, 8), seen[rows], ["a photo of a {}"] * len(rows)
+
+    with host.training(latents[:1]):
+        course = e4t.Course(kind, host, "creature", seen)
+        train(course, data, 6, Schooling(steps=20, batch=4, learning_rate=0.01), report=heard.append)
+    assert heard[-1].numbers["error"] < heard[0].numbers["error"]
+    learnt = domains.load(domains.save(course.domain("tower", {}), tmp_path / "x.safetensors"))
+    assert bool(learnt.offsets) == (kind == "e4t-full")
+    moved = [delta(offset).abs().max() for offset in learnt.offsets.values()]
+    assert not moved or max(moved) > 1e-3
+    before, prompts = weights(host), (["a <mimi> in the snow"], [3], 2, 3.0)
+    with learning(kind, host, offsets=learnt.offsets) as peer:
+        begun = peer.draw(*prompts)
+    with modulated(host.attention, learnt.offsets), learning("textual-inversion", host) as plain:
+        torch.testing.assert_close(begun, plain.draw(*prompts), atol=1e-5, rtol=0)
+    assert all(torch.equal(w, before[name]) for name, w in weights(host).items())
 
 
 def test_scored_creatures_prompts_differ_from_the_picture_and_searched_ones_are_of_another_split():
@@ -127,7 +158,7 @@ def test_quick_tune_begins_from_what_the_demos_domain_makes_of_the_picture(host,
     words = creatures.run(host.pipe, creatures.RICH, 0, "test", 0, 0, 1, 0)
     kept = [{name: row[name] for name in ("identity", "alignment", "leak", "drift")} for row in done["rows"]]
     assert [row["strength"] for row in done["rows"]] == [1.0] * 2 and kept[0] == kept[1]  # a rate of 0 moves nothing
-    assert done["domain"] == creatures.domain().hash and words["domain"] is None
+    assert done["domain"] == creatures.domain("quick-tune").hash and words["domain"] is None
     assert [row["steps"] for row in words["rows"]] == [0]
     keep(small, "test-0", done | {"rate": creatures.chosen()["quick-tune"]})
     keep(small, "test-1", words)
