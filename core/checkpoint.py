@@ -17,7 +17,7 @@ class Checkpoint:
     """A file, and what a training that goes on from it has to have in common with the one that wrote it."""
 
     path: Path
-    facts: dict[str, str | int | float]  # short: hashes, not what they are of
+    facts: dict[str, str | int | float | None]  # short: hashes, not what they are of
 
     def keep(self, course, optimizer, scaler, step: int):
         """Write it, whole or not at all. `scaler` is none where the loss is not scaled."""

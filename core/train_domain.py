@@ -32,11 +32,18 @@ WORD = "<new>"  # in training captions; concepts have words of their own
 class Course(nn.Module):
     """What is learnt of a domain, and the loss of a batch of it. `host` has to be in `training` while it is used.
 
-    `seen` are class tokens (m, l, w) of pictures like those that it will learn from.
+    `seen` are class tokens (m, l, w) of pictures like those that it will learn from. `begun` is a domain whose encoder
+    it begins with, of the same base and tower; without one a picture starts as the superclass word. Raises ValueError
+    for a domain of public E4T files.
     """
 
-    def __init__(self, host: Host, superclass: str, seen: Tensor, seed: int = 0, hidden: int = e4t.HIDDEN):
+    def __init__(self, host: Host, superclass: str, seen: Tensor, seed: int = 0, hidden: int = e4t.HIDDEN,
+                 begun: Domain | None = None):
         super().__init__()
+        if begun and not isinstance(begun.encoder, e4t.Encoder):
+            raise ValueError("A domain of public E4T files cannot be trained on: its encoder is of another kind. Begin "
+                             "without one, or with one that was trained here.")
+        hidden = len(begun.encoder.tower[0].bias) if begun else hidden
         self.host, self.superclass = host, superclass
         self.vector = host.embedding(superclass)
         self.register_buffer("C_inv", host.inverse_covariance()[0].float(), persistent=False)
@@ -45,6 +52,8 @@ class Course(nn.Module):
             torch.manual_seed(seed)
             self.encoder = e4t.Encoder(*seen.shape[1:], {k: len(v) for k, v in self.vector.items()}, values, hidden)
         self.encoder.standardise(seen)
+        if begun:
+            self.encoder.load_state_dict(begun.encoder.state_dict())
 
     def forward(self, undo: ExitStack, latents: Tensor, weight: Tensor, seen: Tensor, captions: list[str],
                 noise: Tensor, time: Tensor):

@@ -96,6 +96,7 @@ COMMANDS = {
         option("--tower", required=True, help="a folder of a CLIP vision model, such as CLIP-ViT-H-14"),
         option("--superclass", required=True, help="the plain word for what they have in common: cat, person, toy"),
         option("--out", required=True, help="the .safetensors file; its checkpoint and samples go beside it"),
+        option("--begin", help="a domain to begin with, of the same model and tower, instead of from nothing"),
         option("--steps", type=int, default=Schooling.steps, help=f"default {Schooling.steps}"),
         option("--batch", type=int, default=Schooling.batch, help=f"pictures a step (default {Schooling.batch})"),
         option("--accumulate", type=int, default=1, help="parts of a step, to need less memory (default 1)"),

@@ -3,9 +3,10 @@
     python -m headless train-domain MODEL PICTURES --tower CLIP_VISION --superclass cat --out cats.safetensors
     accelerate launch --num_processes 4 -m headless train-domain …          the same command, the same result
 
-A picture may have captions beside it, `cat-12.txt` for `cat-12.png`: one a line, with {} or the superclass word where
-the concept goes. What the VAE and the tower see is computed once and kept in `<out>.work`, with the checkpoint and
-sheets of the pictures that are held out: the picture, and what the encoder makes of it.
+`--begin` takes another domain's encoder to begin with: pets, to go on to cats. A picture may have captions beside it,
+`cat-12.txt` for `cat-12.png`: one a line, with {} or the superclass word where the concept goes. What the VAE and the
+tower see is computed once and kept in `<out>.work`, with the checkpoint and sheets of the pictures that are held out:
+the picture, and what the encoder makes of it.
 """
 
 from datetime import timedelta
@@ -18,7 +19,7 @@ from core import domain as domains
 from core import host_diffusers
 from core import tune as tuning
 from core.checkpoint import Checkpoint
-from core.encode import encode
+from core.encode import check, encode
 from core.fingerprint import fingerprint
 from core.prompt_diffusers import text_weights
 from core.school import Diverged, Schooling, train
@@ -73,11 +74,15 @@ def train_domain(arguments):
     lines = [captions_of(path, host) for path in paths]
     with machine.main_process_first():
         latents, tokens = seen(paths, album, work, host, tower, resolution)
+    begun = domains.load(arguments.begin) if arguments.begin else None
+    if begun:  # another superclass is another word to be an offset of, and a start all the same
+        check(begun, host.base, host.prediction, tower.hash, begun.superclass)
     settings = Schooling(arguments.steps, arguments.batch, arguments.accumulate, arguments.seed,
                          arguments.learning_rate)
     train_on = len(paths) - HELD  # the last ones are held out
 
-    checkpoint = Checkpoint(work / "checkpoint.pt", facts_of(host, tower, album, paths, lines, resolution))
+    begun_with = {"begun": begun and begun.hash[:16]}
+    checkpoint = Checkpoint(work / "checkpoint.pt", facts_of(host, tower, album, paths, lines, resolution) | begun_with)
 
     def data(rows, generator):
         said = [lines[k][int(torch.randint(len(lines[k]), (), generator=generator))] for k in rows.tolist()]
@@ -87,6 +92,7 @@ def train_domain(arguments):
     def domain(course, step):
         facts = {"steps": step, "pictures": train_on, "batch": settings.batch, "seed": settings.seed,
                  "learning_rate": settings.learning_rate, "resolution": resolution, "model": Path(arguments.model).name}
+        facts |= begun_with
         return course.domain(tower.hash, facts)
 
     def sample(course, step):
@@ -108,7 +114,7 @@ def train_domain(arguments):
                   flush=True)
 
     with host.training(latents[:1].float()):
-        course = Course(host, arguments.superclass, tokens, settings.seed)
+        course = Course(host, arguments.superclass, tokens, settings.seed, begun=begun)
         try:
             train(course, data, train_on, settings, machine, checkpoint, arguments.every, say, sample)
         except Diverged as error:

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from perfusion.bench import world
-from perfusion.core.domain import load
+from perfusion.core.domain import load, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,6 +128,18 @@ def test_another_training_does_not_go_on_from_a_checkpoint(place, school, unbrok
     assert school(place, place / "unbroken.safetensors", "--learning-rate", 0.5) == 2
     said = capsys.readouterr().err
     assert "learning_rate" in said and "begin anew" in said
+
+
+def test_a_training_begins_with_another_domain_and_says_with_which(place, school, unbroken, tmp_path, capsys):
+    first = place / "unbroken.safetensors"
+    still = tmp_path / "still.safetensors", "--begin", first, "--learning-rate", 0.0
+    assert school(place, *still) == 0
+    found = load(still[0])
+    assert closest(found, unbroken) == 0 and found.training["begun"] == unbroken.hash[:16]
+    assert school(place, still[0], "--learning-rate", 0.0) == 2 and "begun" in capsys.readouterr().err
+    save(replace(unbroken, tower="other"), tmp_path / "other.safetensors")
+    assert school(place, tmp_path / "x.safetensors", "--begin", tmp_path / "other.safetensors") == 2
+    assert "another vision tower" in capsys.readouterr().err
 
 
 @pytest.fixture
