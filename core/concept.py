@@ -54,6 +54,12 @@ class Concept:
         return self.bias is None and self.strength == 0
 
     @property
+    def blank(self) -> bool:
+        """Nothing was encoded: its pictures are of nothing that the domain knows (see encode.py)."""
+        facts = self.training
+        return facts.get("far", 0) != 0 == facts.get("steps") and facts["far"] == facts.get("pictures")
+
+    @property
     def gate_bias(self) -> float:
         return bias_of(self.strength) if self.bias is None else self.bias
 

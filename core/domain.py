@@ -1,9 +1,9 @@
 """Domain: what a family of things has in common, learnt once: E4T's encoder and weight offsets, and their file.
 
 The file is one .safetensors in fp16 with `encoder.<layer>.weight` and `.bias`, in domains from public E4T files
-`offset.<attention weight>.output` and `.input` as well, and string metadata. SD1.5 with CLIP-ViT-H-14: 82 MB, and 435
-MB of public files. It serves learning; a concept applies without it, and names by its hash the domain it was learnt
-with.
+`offset.<attention weight>.output` and `.input` as well, `members.mean`, `.factor` and `.limit` where it is known what
+its pictures look like, and string metadata. SD1.5 with CLIP-ViT-H-14: 86 MB, and 435 MB of public files. It serves
+learning; a concept applies without it, and names by its hash the domain it was learnt with.
 """
 
 import hashlib
@@ -18,13 +18,14 @@ from torch import Tensor
 from .concept import BASES
 from .encoder import Encoder
 from .file import pack, unpacked, write
+from .members import Members
 from .public_encoder import PublicEncoder
 from .weight_offset import Offset
 
 FORMAT = "perfusion-domain/1"
 LARGEST = 512 * 2**20  # bytes; SDXL with ViT-bigG has some 310 MB
 TENSOR = re.compile(r"encoder\.(tower(\.\d+)?|unet|join|ln_post|out\.clip_[lgh]|values\..+\.to_v)\.(weight|bias)|"
-                    r"offset\..+\.(output|input)")
+                    r"offset\..+\.(output|input)|members\.(mean|factor|limit)")
 VALUE = re.compile(r"(?<=^values\.).+(?=\.(weight|bias)$)")  # the projection, in which the encoder has no dots
 AGAIN = "Load another file, or train the domain again."
 
@@ -40,6 +41,7 @@ class Domain:
     encoder: Encoder | PublicEncoder  # on the CPU, in fp32
     offsets: dict[str, Offset]  # attention weight, by the name that files have -> its factors
     training: dict = field(default_factory=dict)
+    members: Members | None = None  # what its pictures look like; unknown of public files, and of few pictures
 
     @cached_property  # to pack 435 MB takes seconds; a `replace`d domain computes its own
     def hash(self) -> str:
@@ -52,6 +54,8 @@ def dump(domain: Domain) -> bytes:
     tensors = {f"encoder.{name.replace('/', '.')}": t for name, t in domain.encoder.state_dict().items()}
     for name, offset in domain.offsets.items():
         tensors |= {f"offset.{name}.output": offset.output, f"offset.{name}.input": offset.input}
+    if domain.members:
+        tensors |= {f"members.{name}": t for name, t in domain.members._asdict().items()}
     tensors = {name: t.detach().half().cpu() for name, t in tensors.items()}
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
@@ -77,7 +81,8 @@ def parse(data: bytes, name: str) -> Domain:
             raise ValueError("a value is out of range")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The facts stored in '{name}' are damaged ({error}). {AGAIN}") from error
-    return Domain(encoder=_encoder(tensors, name), offsets=_offsets(tensors, name), **facts)
+    return Domain(encoder=_encoder(tensors, name), offsets=_offsets(tensors, name), members=_members(tensors, name),
+                  **facts)
 
 
 def _encoder(tensors: dict[str, Tensor], name: str) -> Encoder | PublicEncoder:
@@ -107,6 +112,17 @@ def _offsets(tensors: dict[str, Tensor], name: str) -> dict[str, Offset]:
             raise ValueError(f"'{key}' in '{name}' should be factors (3, d_out) and (2, d_in). {AGAIN}")
         offsets[key.removeprefix("offset.")] = Offset(*(t.float() for t in factors))
     return offsets
+
+
+def _members(tensors: dict[str, Tensor], name: str) -> Members | None:
+    found = {key.removeprefix("members."): t.float() for key, t in tensors.items() if key.startswith("members.")}
+    if not found:
+        return None
+    shapes = {key: tuple(t.shape) for key, t in found.items()}
+    w = shapes.get("mean", ())
+    if shapes != {"mean": w, "factor": (*w, *w), "limit": ()} or len(w) != 1:
+        raise ValueError(f"What '{name}' says of its pictures is damaged (shapes {shapes}). {AGAIN}")
+    return Members(**found)
 
 
 def load(path) -> Domain:

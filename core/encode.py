@@ -6,6 +6,9 @@
     o* = W i* + u                         for a domain of public E4T files o* = (W ⊙ (1 + Δ)) i*
     keys are locked to i* itself: to what the encoder saw, and not to the superclass word, which knows nothing of it
 
+A picture that is none of the domain's family (members.py) is left out. Where no picture is left, nothing is encoded:
+the concept is the superclass word, as Quick Tune without a domain begins with it, and `far` says so.
+
 The encoder of the public E4T files reads the UNet too and answers anew at each step of its sampling; a concept is
 constant, so its answers are averaged over DRAWS of a time and noise. Times are spread evenly, each with noise of its
 own.
@@ -22,7 +25,7 @@ from .concept import BASES, Concept, check_word
 from .domain import Domain
 from .encoder import Encoder
 from .host import Host
-from .tune import TEMPLATES, at_the_word
+from .tune import STEPS, TEMPLATES, at_the_word
 from .weight_offset import check_fit, modulate, modulated
 
 DRAWS = 16
@@ -58,15 +61,20 @@ def values(host: Host, domain: Domain) -> Iterator[tuple[str, Tensor]]:
 def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass: str, word: str, seed: int = 0,
            draws: int = DRAWS) -> Concept:
     """The concept of pictures of which the domain's encoder has `read` the tokens `seen` (m, l, w) and whose latents
-    are (m, c, h, w).
+    are (m, c, h, w). Pictures that are far from the domain's are left out; see `far`.
 
     Raises ValueError where the domain's offsets do not fit the host's model.
     """
     check_word(word)
     check_fit(host.attention, domain.offsets)
-    ours = isinstance(domain.encoder, Encoder)
-    E, u = domain.encoder(seen) if ours else (drawn(host, domain, seen, latents, seed, draws), {})
-    embedding = {name: v.mean(0) for name, v in e4t.embedding(host.embedding(superclass), E).items()}
+    away = domain.members.far(seen) if domain.members else torch.zeros(len(seen), dtype=torch.bool)
+    nothing, left_out = bool(away.all()), {"far": int(away.sum())} if away.any() else {}
+    if nothing:
+        embedding, u = host.embedding(superclass), {}
+    else:
+        E, u = domain.encoder(seen[~away]) if isinstance(domain.encoder, Encoder) else (
+            drawn(host, domain, seen, latents, seed, draws), {})
+        embedding = {name: v.mean(0) for name, v in e4t.embedding(host.embedding(superclass), E).items()}
     mean = at_the_word(host, word, embedding, host.frames() or list(TEMPLATES)).cpu()
     C_inv, covariance, statistics = host.inverse_covariance()
     direction, energy = key_lock.direction(C_inv, mean)
@@ -74,8 +82,17 @@ def encode(host: Host, domain: Domain, seen: Tensor, latents: Tensor, superclass
                    target_input=mean, key_input=mean, direction=direction.float(),
                    target_output={name: weight @ mean + (u[name].mean(0) if u else 0)
                                   for name, weight in values(host, domain)},
-                   energy=energy, covariance=covariance, domain=domain.hash,
-                   training=statistics | {"steps": 0, "pictures": len(seen)})
+                   energy=energy, covariance=covariance, domain="" if nothing else domain.hash,
+                   training=statistics | {"steps": 0, "pictures": len(seen)} | left_out)
+
+
+def far(concept: Concept) -> str:
+    """What has to be said of pictures that were left out of a concept, a sentence or nothing."""
+    if concept.blank:
+        return (f"No picture looks like a {concept.superclass} that the domain knows, so nothing was encoded: the "
+                f"concept is the plain word. Quick Tune learns it from there, {STEPS} steps are advised.")
+    n = concept.training.get("far")
+    return f"Pictures left out because they look like no {concept.superclass} that the domain knows: {n}." if n else ""
 
 
 def drawn(host: Host, domain: Domain, seen: Tensor, latents: Tensor, seed: int, draws: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from . import encoder as e4t
 from .domain import Domain
 from .host import Host
 from .key_lock import edited
+from .members import members_of
 from .row_edit import RowEdit
 from .tune import TEMPLATES
 
@@ -54,6 +55,7 @@ class Course(nn.Module):
         self.encoder.standardise(seen)
         if begun:
             self.encoder.load_state_dict(begun.encoder.state_dict())
+        self.members = members_of(seen)
 
     def forward(self, undo: ExitStack, latents: Tensor, weight: Tensor, seen: Tensor, captions: list[str],
                 noise: Tensor, time: Tensor):
@@ -77,4 +79,5 @@ class Course(nn.Module):
     def domain(self, tower: str, training: dict) -> Domain:
         """What was learnt by now, as a copy on the CPU. `tower` is its hash."""
         encoder = e4t.Encoder.of({name: t.cpu().float().clone() for name, t in self.encoder.state_dict().items()})
-        return Domain(self.host.base, self.host.prediction, self.superclass, tower, encoder, {}, training)
+        return Domain(self.host.base, self.host.prediction, self.superclass, tower, encoder, {}, training,
+                      self.members)

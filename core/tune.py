@@ -105,7 +105,7 @@ def check(images: Tensor | None, mask: Tensor | None, settings: Tuning):
 
 def advised(start: Concept | None) -> int:
     """How many steps are worth it, from the superclass word or from an earlier concept."""
-    return STEPS_FROM_CONCEPT if start else STEPS
+    return STEPS_FROM_CONCEPT if start and not start.blank else STEPS
 
 
 def fit(images: Tensor, resolution: int) -> Tensor:
@@ -144,13 +144,14 @@ def tune(
 ) -> Concept:
     """Learn a concept from images (m, H, W, 3) in 0..1 and optionally masks (m or 1, H, W).
 
-    `start` goes on from an earlier concept. `report` hears of every step. Whatever ends the loop early (a cancel, an
-    error, divergence), the last good concept goes to `keep`, which answers where it put it, and the model is left as
-    it was. Raises ValueError for bad input and Diverged. The same seed on the same machine gives the same concept.
+    `start` goes on from an earlier concept, unless it is blank: then all is as without it. `report` hears of every
+    step. Whatever ends the loop early (a cancel, an error, divergence), the last good concept goes to `keep`, which
+    answers where it put it, and the model is left as it was. Raises ValueError for bad input and Diverged. The same
+    seed on the same machine gives the same concept.
     """
     check(images, mask, settings)
     check_word(word)
-    superclass = superclass.strip()
+    superclass, start = superclass.strip(), None if start and start.blank else start
     embedding = start.embedding if start else host.embedding(superclass)
     C_inv, covariance, statistics = host.inverse_covariance()
     images = fit(images, settings.resolution)

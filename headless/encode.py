@@ -40,5 +40,6 @@ def encode(arguments):
     images, domain = alike(arguments.pictures), domains.load(arguments.domain)
     pipe, folder = open_model(arguments.model)
     host = host_diffusers.DiffusersHost(pipe, domain.superclass, folder, captions)
-    path = concepts.save(concept_of(host, domain, open_tower(arguments.tower), images, arguments.word), Path(out))
-    print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
+    learnt = concept_of(host, domain, open_tower(arguments.tower), images, arguments.word)
+    path = concepts.save(learnt, Path(out))
+    print(f"{path}: {path.stat().st_size / 1024:.1f} KB. {encoding.far(learnt)}".rstrip())

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..core import domain as files
 from ..core.domain_comfy import encode_concept, train_domain
+from ..core.encode import far
 from ..core.school import Schooling
 from . import folders
 from .schema import CATEGORY, Concept, Domain, known
@@ -118,6 +119,9 @@ class EncodeConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, domain, model, clip, vae, clip_vision, image, superclass, word, mask=None) -> io.NodeOutput:
-        watch = Watch(cls.hidden.unique_id, image)
-        return io.NodeOutput(encode_concept(domain, model, clip, vae, clip_vision, image, superclass, word, mask,
-                                            folders.models(), watch.captions))
+        node = cls.hidden.unique_id
+        learnt = encode_concept(domain, model, clip, vae, clip_vision, image, superclass, word, mask, folders.models(),
+                                Watch(node, image).captions)
+        if far(learnt):
+            tell(node, far(learnt))
+        return io.NodeOutput(learnt)

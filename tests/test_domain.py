@@ -10,6 +10,7 @@ from perfusion.core import domain as domains
 from perfusion.core.domain import Domain, dump, load, parse, save
 from perfusion.core.encoder import Encoder
 from perfusion.core.file import pack, unpacked
+from perfusion.core.members import Members
 from perfusion.core.weight_offset import Offset
 
 NAMES = "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.attn2.to_v"
@@ -23,7 +24,8 @@ def domain():
         torch.nn.init.normal_(layer.weight)
     encoder.load_state_dict({name: t.half().float() for name, t in encoder.state_dict().items()})
     offsets = {name: Offset(torch.randn(3, 4).half().float(), torch.randn(2, 6).half().float()) for name in NAMES}
-    return Domain("sd1", "eps", "cat", "0123", encoder.eval(), offsets, {"steps": 3, "rate": 1e-3})
+    members = Members(torch.randn(10).half().float(), torch.randn(10, 10).half().float(), torch.tensor(1.5))
+    return Domain("sd1", "eps", "cat", "0123", encoder.eval(), offsets, {"steps": 3, "rate": 1e-3}, members)
 
 
 def changed(domain, tensors=(), **metadata):
@@ -42,6 +44,8 @@ def test_a_domain_comes_back_from_its_file_and_answers_alike(domain, tmp_path):
     seen = torch.randn(2, 3, 10)
     for here, there in zip(domain.encoder(seen), found.encoder(seen)):
         assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    assert all(torch.equal(here, there) for here, there in zip(domain.members, found.members))
+    assert load(save(replace(domain, members=None), path)).members is None
     assert found.offsets.keys() == set(NAMES)
     assert all(torch.equal(a, b) for name in NAMES for a, b in zip(found.offsets[name], domain.offsets[name]))
     assert not any(p.requires_grad for p in found.encoder.parameters())
@@ -67,6 +71,9 @@ def test_what_fp16_cannot_hold_is_not_saved(domain, tmp_path):
     (dict(tensors={"encoder.tower.2.bias": None}), "encoder in 'x' is damaged"),
     (dict(tensors={"encoder.tower.0.weight": torch.zeros(3)}), "encoder in 'x' is damaged"),
     (dict(tensors={"encoder.out.clip_l.weight": None, "encoder.out.clip_g.weight": None}), "encoder in 'x' is damaged"),
+    (dict(tensors={"members.limit": None}), "says of its pictures is damaged"),
+    (dict(tensors={"members.factor": torch.zeros(10, 9)}), "says of its pictures is damaged"),
+    (dict(tensors={"members.factor": torch.zeros(())}), "says of its pictures is damaged"),
     (dict(tensors={"encoder.out.clip_l.bias": torch.full((5,), torch.nan)}), "no numbers"),
     (dict(tensors={"encoder.tower.0.bias": torch.zeros(16, dtype=torch.int32)}), "no numbers"),
     (dict(tensors={f"encoder.values.{NAMES[1]}.bias": None}), "encoder in 'x' is damaged"),

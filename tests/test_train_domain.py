@@ -11,12 +11,13 @@ from perfusion.bench import world
 from perfusion.core import host_diffusers as hd
 from perfusion.core import key_lock
 from perfusion.core.concept import dump, parse
-from perfusion.core.encode import encode
+from perfusion.core.encode import encode, far
 from perfusion.core.encoder import Encoder
 from perfusion.core.host_diffusers import DiffusersHost
+from perfusion.core.members import Members
 from perfusion.core.tower import of_transformers, prepare, tokens_of
 from perfusion.core.train_domain import Course
-from perfusion.core.tune import TEMPLATES, Tuning, tune
+from perfusion.core.tune import STEPS, STEPS_FROM_CONCEPT, TEMPLATES, Tuning, advised, tune
 from perfusion.core.weight_offset import Offset, modulate
 
 CREATURE, MIMI = "creature", "<mimi>"
@@ -177,6 +178,40 @@ def test_several_pictures_are_the_mean_of_their_answers(course, host, tower, pic
                    MIMI).embedding["clip_l"] for k in range(3)]
     assert torch.stack(each).std(0).mean() > 0
     torch.testing.assert_close(three.embedding["clip_l"], torch.stack(each).mean(0))
+
+
+def near(seen, count):
+    """Members of which the first `count` of these class tokens (m, l, w) are, and the others are not."""
+    last = seen[:, -1]
+    apart = (last - last[:count].mean(0)).square().sum(1)
+    assert apart[:count].max() < apart[count:].min()
+    limit = (apart[:count].max() + apart[count:].min()) / 2
+    return Members(last[:count].mean(0), torch.eye(last.shape[1]), limit)
+
+
+def test_a_picture_of_nothing_that_the_domain_knows_is_the_plain_word_and_is_learnt_as_without_a_domain(
+        course, host, tower, pictures):
+    taught(course, host, batch(host, tower, pictures))
+    seen = class_tokens(tower, pictures)
+    domain = replace(course.domain(tower.hash, {}), members=near(seen, 3))
+    stray = encode(host, domain, seen[3:], host.latents(pictures[3:]), CREATURE, MIMI)
+    assert stray.blank and stray.domain == "" and f"{STEPS} steps" in far(stray) and advised(stray) == STEPS
+    torch.testing.assert_close(stray.embedding["clip_l"], host.embedding(CREATURE)["clip_l"])
+    settings = Tuning(steps=2, batch=2, resolution=64)
+    plain, from_stray = (tune(host, pictures[3:], CREATURE, MIMI, settings, start=start) for start in (
+        None, parse(dump(stray), "x")))
+    assert dump(plain) == dump(from_stray) and not plain.blank
+    known = encode(host, domain, seen[:1], host.latents(pictures[:1]), CREATURE, MIMI)
+    assert not known.blank and far(known) == "" and advised(known) == STEPS_FROM_CONCEPT
+
+
+def test_pictures_of_something_else_are_left_out_of_the_mean_and_counted(course, host, tower, pictures):
+    taught(course, host, batch(host, tower, pictures))
+    seen = class_tokens(tower, pictures)
+    domain = replace(course.domain(tower.hash, {}), members=near(seen, 2))
+    both, all_four = (encode(host, domain, seen[:n], host.latents(pictures[:n]), CREATURE, MIMI) for n in (2, 4))
+    assert far(all_four).endswith("knows: 2.") and not all_four.blank and all_four.domain == domain.hash
+    assert all(torch.equal(o, all_four.target_output[name]) for name, o in both.target_output.items())
 
 
 def test_a_domain_with_weight_offsets_encodes_what_values_answer_under_them(course, host, tower, pictures):
