@@ -21,7 +21,7 @@ SEED, WORDINGS, CHUNK = 3, 4, 200
 SETTINGS = {"batch": 32, "every": 500, "precision": "bf16"}
 STAGES = (  # file and folder; pictures; settings
     (SUPERCLASS, range(6000), {"steps": 5000, "learning-rate": 2e-3}),
-    (f"{SUPERCLASS}-2", range(6000, 30_000), {"steps": 6000, "learning-rate": 1e-3}),
+    (f"{SUPERCLASS}-2", range(6000, 30_000), {"steps": 4000, "learning-rate": 1e-3}),
 )
 
 
