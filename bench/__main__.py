@@ -14,6 +14,7 @@ COMMANDS = {
     "entry": "show that the miniature obeys its captions and can draw an identity",
     "gate": "print what the gate sees of the word and of other tokens in long prompts",
     "domain": "train the domain of creatures, after `world`",
+    "far": "print what becomes of pictures that are no creatures",
     "styles": "train a domain of drawing styles, and score what it makes of one picture",
     "e4t": "train the domains that it is measured against",
     "tower": "print what the vision tower's class tokens say of a creature",
