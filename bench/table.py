@@ -2,8 +2,8 @@
 
 A row is a point: method, pictures, steps, strength. Its figures are means over creatures of the means over seeds; `sd`
 is over creatures and `se` that of their mean; seconds are of CPU time, or of the clock where a GPU runs. "paired" holds
-differences on the (creature, seed) that both points had: at equal steps, and between each method's best steps, which
-are those with the highest identity + alignment on dev creatures.
+differences on the creatures that both points had: at equal steps, and between each method's best steps, which are those
+with the highest identity + alignment on dev creatures.
 """
 
 import argparse
@@ -44,12 +44,12 @@ def points(runs):
 
 
 def by_creature(values):
-    """{(creature, seed): value} as a list of means over seeds, one a creature; what is unknown is left out."""
+    """{(creature, seed): value} as means over seeds, {creature: value}; what is unknown is left out."""
     each = defaultdict(list)
     for (creature, _), value in values.items():
         if value is not None:
             each[creature].append(value)
-    return [statistics.fmean(of) for of in each.values()]
+    return {creature: statistics.fmean(of) for creature, of in each.items()}
 
 
 def row(key, of, rate):
@@ -59,7 +59,7 @@ def row(key, of, rate):
              "n": len({creature for creature, _ in of}), "seeds": len({seed for _, seed in of}), "learning_rate": rate}
     for name in MEANS:
         each = by_creature({at: row[name] for at, row in of.items()})
-        mean, sd, se = mean_se(each) if each else (None, None, None)
+        mean, sd, se = mean_se(each.values()) if each else (None, None, None)
         found[name] = int(mean) if name == "bytes" else mean
         if name in COMPARED:
             found |= {f"{name}_sd": sd} | ({"identity_se": se} if name == "identity" else {})
@@ -69,8 +69,8 @@ def row(key, of, rate):
 def paired(a, b, of_a, of_b, steps):
     """The differences a − b of two points, by metric; none where they had nothing in common."""
     for metric in COMPARED:
-        each = by_creature({at: of_a[at][metric] - of_b[at][metric] for at in set(of_a) & set(of_b)
-                            if None not in (of_a[at][metric], of_b[at][metric])})
+        ours, theirs = (by_creature({at: row[metric] for at, row in of.items()}) for of in (of_a, of_b))
+        each = [ours[creature] - theirs[creature] for creature in ours.keys() & theirs.keys()]
         if each:
             mean, _, se = mean_se(each)
             yield {"a": a, "b": b, "steps": steps, "metric": metric, "mean": mean, "se": se, "n": len(each)}
