@@ -8,6 +8,7 @@ residuals in place, over what its norms have saved: `own_copies` lets each norm 
 
 import logging
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import comfy.model_management as memory
 import comfy.sample
@@ -47,6 +48,13 @@ def without_inference(module: torch.nn.Module):
 def fixed(patcher):
     """A clone whose weights stay where they are: those that dynamic VRAM streams may be gone on the way back."""
     return patcher.clone(disable_dynamic=True) if getattr(patcher, "is_dynamic", bool)() else patcher.clone()
+
+
+def load_to_learn(patchers, need: int):
+    """Load models whole, with so many bytes free beside them, and with weights that can be saved for the way back."""
+    memory.load_models_gpu(list(patchers), memory_required=need, force_full_load=True)
+    for patcher in patchers:  # what was moved or merged while loading
+        without_inference(patcher.model)
 
 
 def text_weights(clip) -> dict:
@@ -149,9 +157,8 @@ class ComfyHost:
                 memory.unload_all_models()  # unpins memory that belongs to the tensors which are about to go
             for patcher in (self.patcher, text):
                 without_inference(patcher.model)
-            memory.load_models_gpu([self.patcher, text], memory_required=need, force_full_load=True)
-            for patcher in (self.patcher, text):  # again, for what was moved or merged while loading
-                without_inference(patcher.model)
+            self.load = partial(load_to_learn, (self.patcher, text), need)
+            self.load()
             self.text = text.model
             self.projections = applying.projections(self.patcher.model.diffusion_model)
             self.attention = weight_offset.attention(self.patcher.model.diffusion_model)
@@ -159,6 +166,15 @@ class ComfyHost:
             unet = checkpointed(self.patcher.model.diffusion_model) if tight else nullcontext()
             with unet, own_copies(self.text):
                 yield
+
+    @contextmanager
+    def paused(self):
+        """While open, between two steps of `training`, the stock nodes may use the models; then steps can go on."""
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.load()
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:

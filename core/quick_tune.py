@@ -16,13 +16,13 @@ from .host_comfy import ComfyHost, picture, tune_key
 from .prompt import Token, with_word
 
 
-def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start, folder, watch, keep):
+def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start, folder, watch, keep, every=0):
     """Learn a concept (see `tune.tune`), or find it on disk where the same was learnt before.
 
-    `folder` keeps covariances and finished tunes. `watch` hears through captions(done, total), picture(before) and
-    step(progress). Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed. Concepts
-    that the model carries already take no part. Raises ValueError for bad input, tune.Diverged, and the host's cancel;
-    what was learnt by then went to `keep`.
+    `folder` keeps covariances and finished tunes. `watch` hears through captions(done, total), picture(made) of the one
+    from before and of one after each `every` steps (0: of none), and step(progress). Returns the concept and pictures
+    (1, H, W, 3) before and after, of one prompt and seed. Concepts that the model carries already take no part. Raises
+    ValueError for bad input, tune.Diverged, and the host's cancel; what was learnt by then went to `keep`.
     """
     model = plain(model)
     tuning.check(images, mask, settings)
@@ -40,13 +40,23 @@ def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start
         size = tuple(side // 8 for side in tuning.fit(images[:1], settings.resolution).shape[1:3])
         before = picture(model, clip, vae, prompt.replace("{}", superclass.strip()), size, settings.seed)
         watch.picture(before)
+
+        def drawn(concept):
+            return picture(*apply(model, clip, concept), vae, prompt.replace("{}", word), size, settings.seed)
+
+        def step(progress):
+            if every and progress.step % every == 0 and progress.step < progress.steps:
+                with host.paused():
+                    watch.picture(drawn(progress.concept))
+            watch.step(progress)
+
         if not concept:
-            concept = tuning.tune(host, images, superclass, word, settings, mask, start, watch.step, keep)
+            concept = tuning.tune(host, images, superclass, word, settings, mask, start, step, keep)
             concept = parse(dump(concept), word)  # what a re-queue will find, to the last bit
             cache.write(concept)
         del host  # and with it, on a card, what was loaded to learn
         try:
-            after = picture(*apply(model, clip, concept), vae, prompt.replace("{}", word), size, settings.seed)
+            after = drawn(concept)
         except BaseException:
             keep(concept)
             raise

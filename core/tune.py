@@ -65,6 +65,7 @@ class Progress:
     steps: int
     losses: list[float]
     seconds_left: float
+    concept: Concept  # as it is after this step
 
 
 class Diverged(ValueError):
@@ -187,7 +188,7 @@ def tune(
                     raise Diverged(f"Learning stopped at step {len(losses)} of {settings.steps}: {trouble}.")
                 last_good = concept(losses)
                 left = (time.monotonic() - begun) / len(losses) * (settings.steps - len(losses))
-                report(Progress(len(losses), settings.steps, losses[:], left))
+                report(Progress(len(losses), settings.steps, losses[:], left, last_good))
         except BaseException as error:
             kept = f"The last good concept is kept in {keep(last_good)}." if last_good else "There is none to keep yet."
             if isinstance(error, Diverged):

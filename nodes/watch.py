@@ -88,9 +88,9 @@ class Watch:
         tell(self.node_id, f"Reading captions, once for this text encoder: {done} of {total}")
         self.bar.update_absolute(done, total)
 
-    def picture(self, before: torch.Tensor):
-        """What the model makes of the superclass word, before it has learnt anything."""
-        self.drawn = [to_pil(self.images), to_pil(before)]
+    def picture(self, made: torch.Tensor):
+        """What the model makes of the superclass word, before it has learnt anything; then of the word, in between."""
+        self.drawn = [*(self.drawn or [to_pil(self.images)])[:2], to_pil(made)]
 
     def step(self, progress):
         """A step is done."""

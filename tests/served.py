@@ -76,7 +76,7 @@ def as_prompt(workflow, info):
             if name in linked:
                 given[name] = linked.pop(name)
             elif widget and not options.get("forceInput"):
-                given[name] = next(values)
+                given[name] = next(values, options.get("default"))  # what was saved before a widget was added has less
                 if options.get("control_after_generate") or box["type"] == "KSampler" and name == "seed":
                     next(values)
         assert not linked, f"{box['type']} has no {linked}"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Frozen from their first landing: ids, and inputs in their order. Only append.
 PROMISED = {
     "PerfusionQuickTune": "model clip vae image superclass word steps seed resolution batch mirror "
-                         "mask captions concept",
+                         "mask captions concept preview_every",
     "PerfusionSaveConcept": "concept name cover",
     "PerfusionLoadConcept": "concept_name embedded sha256",
     "PerfusionGateStrength": "concept strength bias_mode bias temperature",

@@ -9,6 +9,8 @@ from perfusion.core.concept import dump
 from perfusion.core.covariance import PACKAGED
 from perfusion.core.tune import Tuning
 
+from tuning import patched
+
 pytestmark = pytest.mark.host
 
 PICTURE = torch.rand(1, 64, 80, 3, generator=torch.Generator().manual_seed(7))
@@ -19,16 +21,18 @@ class Watch:
     """Counts what it hears."""
 
     def __init__(self):
-        self.captioned, self.pictures, self.steps = 0, 0, 0
+        self.captioned, self.pictures, self.steps, self.concepts = 0, 0, 0, []
 
     def captions(self, done, total):
         self.captioned += 1
 
-    def picture(self, before):
+    def picture(self, made):
         self.pictures += 1
+        self.last = made
 
     def step(self, progress):
         self.steps += 1
+        self.concepts.append(progress.concept)
 
 
 @pytest.fixture
@@ -38,11 +42,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def quick_tune(model, clip, vae, folder, word="<mimi>", settings=FAST, start=None):
+def quick_tune(model, clip, vae, folder, word="<mimi>", settings=FAST, start=None, every=0):
     watch = Watch()
     with torch.inference_mode():
         made = quick.quick_tune(model, clip, vae, PICTURE, "cat", word, settings, None, start, folder, watch,
-                                     lambda concept: "a file")
+                                     lambda concept: "a file", every)
     return *made, watch
 
 
@@ -55,6 +59,27 @@ def test_a_requeue_gives_the_same_concept_and_pictures_without_a_step(tiny, fold
     assert dump(again) == dump(first)
     for now, then in ((before_again, before), (after_again, after)):
         assert (now - then.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("lora", (False, True))
+@pytest.mark.parametrize("kind", ("sd1", "sdxl"))
+def test_pictures_between_steps_show_what_is_learnt_by_then_and_change_nothing(tiny, folder, kind, lora):
+    settings = Tuning(steps=3, batch=1, resolution=64)
+
+    def loaded():
+        model, clip, vae = tiny(kind)
+        return (*(patched(model, clip) if lora else (model, clip)), vae)
+
+    plain, _, after, _ = quick_tune(*loaded(), folder, settings=settings)
+    for path in (folder / "cache").iterdir():
+        path.unlink()
+    watched, _, after_again, watch = quick_tune(*loaded(), folder, settings=settings, every=2)
+    assert dump(watched) == dump(plain) and torch.equal(after_again, after)
+    assert watch.pictures == 2 and watch.steps == 3
+    with torch.inference_mode():
+        model, clip, vae = loaded()
+        drawn = quick.picture(*applying.apply(model, clip, watch.concepts[1]), vae, "a photo of a <mimi>", (8, 8), 0)
+    assert torch.equal(watch.last, drawn) and not torch.equal(drawn, after)
 
 
 def test_other_settings_are_learnt_anew(tiny, folder):

@@ -1,0 +1,53 @@
+"""Quick Tune while it runs: pictures, curve and time on the node, after a reload too; a cancel keeps what was learnt."""
+
+import pytest
+
+pytestmark = [pytest.mark.host, pytest.mark.e2e]
+STEPS = 60
+NODE = """(app.graph.nodes.find((node) => node.type === "PerfusionQuickTune"))"""
+# the width of the picture on the node: an element, or drawn on the canvas
+SHOWN = f"""() => {{ const node = {NODE}; const element = document.querySelector(`[data-node-id="${{node.id}}"] img`)
+    return element?.naturalWidth || node.imgs?.[0]?.naturalWidth || 0 }}"""
+SAYS = f"""() => {{ const node = {NODE}
+    return node.widgets.map((w) => String(w.value ?? "")).join(" ") + document.body.innerText }}"""
+
+
+def begin(page, server, seed):
+    """Queue a tune of many steps that nothing on disk holds yet, and wait for its first picture between steps."""
+    workflow = server.call("/userdata/workflows%2Fcreature_demo.json")
+    for node in workflow["nodes"]:
+        if node["type"] == "PerfusionQuickTune":
+            node["widgets_values"][2:6] = [STEPS, seed, node["widgets_values"][4], 1]
+            node["widgets_values"][7:] = [5]
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    page.wait_for_function(f"() => ({SHOWN})() >= 4 * 256")
+
+
+def ended(page, server):
+    """Wait until nothing runs, and answer the newest entry of the history."""
+    page.wait_for_function("""async () => { const queue = await (await fetch("/queue")).json()
+        return !queue.queue_running.length && !queue.queue_pending.length }""")
+    page.wait_for_timeout(500)
+    return list(server.call("/history").values())[-1]
+
+
+def test_a_tune_shows_photo_before_now_and_curve_and_after_a_reload_goes_on_showing(at, server):
+    page = at(server)
+    begin(page, server, seed=101 + page.evaluate("() => Math.floor(1e6 * Math.random())"))
+    assert f"of {STEPS}" in page.evaluate(SAYS)
+    page.reload()
+    page.wait_for_function("() => window.app?.graph?.nodes?.length > 3")
+    page.wait_for_function(f"() => ({SHOWN})() >= 3 * 256")
+    assert ended(page, server)["status"]["status_str"] == "success"
+    page.wait_for_function(f"() => ({SHOWN})() > 0")
+    page.wait_for_function(f"""() => ({SAYS})().includes("{STEPS} steps, ")""")
+
+
+def test_a_cancel_says_where_what_was_learnt_is(at, server):
+    page = at(server)
+    begin(page, server, seed=202 + page.evaluate("() => Math.floor(1e6 * Math.random())"))
+    page.evaluate("() => app.api.interrupt()")
+    assert ended(page, server)["status"]["status_str"] == "error"
+    page.wait_for_function(f"""() => ({SAYS})().includes("stopped-at-")""")
+    assert "stopped-at-" in str(server.call("/object_info/PerfusionLoadConcept"))  # in its list
