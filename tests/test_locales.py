@@ -52,8 +52,33 @@ def flat(tree, *above):
     return {place: text for key, part in tree.items() for place, text in flat(part, *above, key).items()}
 
 
-def test_the_host_finds_these_languages_and_nothing_but_texts_of_nodes(found):
-    assert {language: list(parts) for language, parts in found.items()} == dict.fromkeys(LANGUAGES, ["nodeDefs"])
+def spoken():
+    """The texts that the pack's own controls say, as web/texts.mjs is asked for them."""
+    literal = r'"(?:[^"\\]|\\.)*"'
+    scripts = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "web").glob("*.*js")))
+    calls = re.findall(rf"(?<![\w.])t\(\s*((?:{literal}\s*\+?\s*)+)", scripts)
+    return {"".join(part[1:-1] for part in re.findall(literal, call)) for call in calls}
+
+
+def settings():
+    """The ids of the pack's settings, as the frontend asks for their texts."""
+    script = "".join((ROOT / "web" / name).read_text(encoding="utf-8") for name in ("settings.js", "settings.mjs"))
+    return {found.replace(".", "_") for found in re.findall(r'"(Perfusion\.[\w.]+)"', script)}
+
+
+def test_the_host_finds_these_languages_and_nothing_but_texts_of_this_pack(found):
+    assert {language: set(parts) for language, parts in found.items()} == dict.fromkeys(
+        LANGUAGES, {"nodeDefs", "settings", "perfusion"})
+
+
+@each_language
+def test_every_control_and_setting_of_the_pack_has_its_text_and_keeps_what_is_filled_in(found, language):
+    texts = found[language]["perfusion"]
+    assert set(texts) == spoken() and len(texts) > 20
+    for text, theirs in texts.items():
+        assert theirs and set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", theirs)), text
+    assert set(found[language]["settings"]) == settings()
+    assert all(part for of in found[language]["settings"].values() for part in of.values())
 
 
 @each_language

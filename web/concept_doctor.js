@@ -1,5 +1,6 @@
 // Concept Doctor: the report stands on the node, to be read and copied. It is not part of the workflow's file.
 import { app } from "../../scripts/app.js"
+import { t } from "./texts.mjs"
 
 const ID = "PerfusionConceptDoctor"
 
@@ -15,7 +16,7 @@ app.registerExtension({
     const paper = document.createElement("textarea")
     paper.className = "comfy-multiline-input"
     paper.readOnly = true
-    paper.ariaLabel = "report"
+    paper.ariaLabel = t("report")
     const widget = node.addDOMWidget("report", "perfusion_report", paper, {
       serialize: false, // this one keeps it out of what is queued, the other out of the workflow's file
       getValue: () => paper.value,

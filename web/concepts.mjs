@@ -1,10 +1,11 @@
 // The server's list of concepts, and a concept's file read in the browser.
 import { api } from "../../scripts/api.js"
+import { t } from "./texts.mjs"
 
 /** The server's answer to a request for a concept (nodes/routes.py). Throws an Error with the server's sentence. */
 export async function ask(query, options) {
   const answer = await api.fetchApi(`/perfusion/concept?${new URLSearchParams(query)}`, options)
-  const facts = await answer.json().catch(() => ({ error: `The server answered with ${answer.status}.` }))
+  const facts = await answer.json().catch(() => ({ error: t("The server answered with {status}.", answer) }))
   if (facts.error) throw new Error(facts.error)
   return facts
 }

@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { dialled, gate } from "./gate.mjs"
 import { el, panel } from "./panel.mjs"
+import { t } from "./texts.mjs"
 
 const [LEFT, RIGHT, TOP, BOTTOM] = [-0.25, 1.25, 8, 62] // similarities at the chart's ends; its pixels from the top
 const WIDTH = 240
@@ -84,28 +85,32 @@ class Chart {
   }
 
   sentence(off, said) {
-    if (off) return `Strength 0: the plain model${this.concept ? `, with the word ${this.concept.superclass}` : ""}.`
-    if (said.length) return "How far each word opens it, in percent:"
+    if (off && this.concept) return t("Strength 0: the plain model, with the word {superclass}.", this.concept)
+    if (off) return t("Strength 0: the plain model.")
+    if (said.length) return t("How far each word opens it, in percent:")
     if (this.concept && heard[keyOf(this.concept)]) {
-      return `No prompt says ${this.concept.word}, so the gate stays shut.`
+      return t("No prompt says {word}, so the gate stays shut.", this.concept)
     }
-    return "Queue once to see how far each word of the prompt opens it."
+    return t("Queue once to see how far each word of the prompt opens it.")
   }
 }
 
-/** The curve as SVG, with a dot for every word. Only numbers go into it. */
+/** The curve as SVG, with a dot for every word. Only numbers go into it, and texts of our own. */
 function curve(open, words, bias, off) {
   const points = Array.from({ length: 81 }, (_, i) => LEFT + ((RIGHT - LEFT) * i) / 80)
   const line = points.map((s) => `${X(s).toFixed(1)},${Y(open(s)).toFixed(1)}`).join(" ")
   const dots = words.map(([, s]) => `<circle cx="${X(s).toFixed(1)}" cy="${Y(open(s)).toFixed(1)}" r="3"/>`).join("")
   const half = off ? "" : `<path d="M${X(bias)} ${TOP}V${BOTTOM}" stroke="currentColor" stroke-dasharray="2 3"/>`
-  const label = off ? "The gate is shut." : `The gate is half open at similarity ${bias.toFixed(2)}.`
+  const label = off
+    ? t("The gate is shut.")
+    : t("The gate is half open at similarity {bias}.", { bias: bias.toFixed(2) })
   return `<svg viewBox="0 0 ${WIDTH} 80" width="100%" role="img" aria-label="${label}" style="display:block">
     <path d="M0 ${BOTTOM}H${WIDTH}M0 ${TOP}H${WIDTH}" stroke="currentColor" opacity=".25"/>${half}
     <polyline points="${line}" fill="none" stroke="${COLOUR}" stroke-width="2"/>
     <g fill="${COLOUR}" stroke="currentColor" stroke-width=".5">${dots}</g>
-    <g font-size="9" fill="currentColor"><text x="2" y="${TOP + 9}">open</text><text x="2" y="${BOTTOM - 3}">shut</text>
-    <text x="${X(0)}" y="75" text-anchor="middle">unlike</text><text x="${X(1)}" y="75" text-anchor="middle">the concept</text></g></svg>`
+    <g font-size="9" fill="currentColor"><text x="2" y="${TOP + 9}">${t("open")}</text>
+    <text x="2" y="${BOTTOM - 3}">${t("shut")}</text><text x="${X(0)}" y="75" text-anchor="middle">${t("unlike")}</text>
+    <text x="${X(1)}" y="75" text-anchor="middle">${t("the concept")}</text></g></svg>`
 }
 
 /** A prompt's words, each shaded by its gate. */
@@ -114,8 +119,10 @@ function chips({ words, weight }, open) {
   row.style.cssText = "display:flex;flex-wrap:wrap;gap:3px"
   for (const [word, similarity] of words) {
     const percent = Math.round(100 * open(similarity, weight))
-    const chip = el("span", { title: `similarity ${similarity.toFixed(2)}, gate open ${percent} %` })
-    chip.append(word || "(rest)", el("small", { textContent: ` ${percent}` }))
+    const chip = el("span", {
+      title: t("similarity {similarity}, gate open {percent} %", { similarity: similarity.toFixed(2), percent }),
+    })
+    chip.append(word || t("(rest)"), el("small", { textContent: ` ${percent}` }))
     chip.style.cssText =
       "padding:1px 5px;border:1px solid var(--border-color);border-radius:5px;" +
       `background:color-mix(in srgb, ${COLOUR} ${(0.6 * percent).toFixed(0)}%, var(--comfy-input-bg))`

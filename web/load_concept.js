@@ -3,10 +3,14 @@
 import { app } from "../../scripts/app.js"
 import { ask, bytesOf, headerOf } from "./concepts.mjs"
 import { button, el, panel } from "./panel.mjs"
+import { setting } from "./settings.mjs"
+import { t } from "./texts.mjs"
 
-const LIKENESS =
-  "Everyone who gets this workflow, or a picture made with it, then has the concept too and can make pictures of it. " +
-  "If it is a person, that is their likeness."
+const likeness = () =>
+  t(
+    "Everyone who gets this workflow, or a picture made with it, then has the concept too and can make pictures of it. " +
+      "If it is a person, that is their likeness.",
+  )
 
 class Carrier {
   constructor(node) {
@@ -23,7 +27,7 @@ class Carrier {
     this.text.setAttribute("role", "status")
     this.buttons = el("div")
     this.buttons.style.cssText = "display:flex;flex-wrap:wrap;gap:6px"
-    this.cover = el("img", { alt: "The concept's cover", hidden: true })
+    this.cover = el("img", { alt: t("The concept's cover"), hidden: true })
     this.cover.style.cssText = "max-width:100%;max-height:96px;object-fit:contain;align-self:flex-start"
     this.cover.onload = () => node.setDirtyCanvas?.(true, true) // its height is known now
     panel(node, "travels").append(this.cover, this.text, this.buttons)
@@ -33,7 +37,7 @@ class Carrier {
     this.name.callback = (...args) => {
       picked?.apply(this.name, args)
       this.mean("", "") // another file is meant from now on
-      this.look()
+      this.look().then((facts) => facts && setting.of(setting.embed) && this.carry(facts))
     }
     const onAdded = node.onAdded
     node.onAdded = function (...args) {
@@ -70,7 +74,7 @@ class Carrier {
     this.node.setDirtyCanvas?.(true, true)
   }
 
-  /** Shows what is meant, and notes the file's hash where the workflow holds none. */
+  /** Shows what is meant, notes the file's hash where the workflow holds none, and answers the facts of that file. */
   async look() {
     const asked = ++this.asked
     this.cover.hidden = true
@@ -78,10 +82,10 @@ class Carrier {
     if (this.embedded.value) return this.lookInside()
     if (this.node.inputs.some((input) => input.widget?.name === "concept_name" && input.link != null)) {
       this.mean("", "")
-      return this.say("Another node names the file, so its hash is not kept.")
+      return this.say(t("Another node names the file, so its hash is not kept."))
     }
     const name = this.name.value
-    if (!name) return this.say("No concept yet. Drop a concept's file on the canvas, or tune one.")
+    if (!name) return this.say(t("No concept yet. Drop a concept's file on the canvas, or tune one."))
     try {
       const facts = await ask({ name })
       if (asked !== this.asked || !this.node.graph) return
@@ -89,13 +93,16 @@ class Carrier {
       this.cover.hidden = !facts.cover
       if (facts.cover) this.cover.src = `data:image/jpeg;base64,${facts.cover}`
       if (this.sha256.value === facts.sha256) {
-        this.say(`${facts.word}, a ${facts.superclass}, for ${facts.base}`, this.does("Embed in workflow", () => this.embed(facts)))
-      } else {
         this.say(
-          `The workflow was made with another ${name} than the one here.`,
-          this.does("Use this file", () => this.mean("", facts.sha256)),
+          t("{word}, a {superclass}, for {base}", facts),
+          this.does(t("Embed in workflow"), () => this.embed(facts)),
         )
+        return facts
       }
+      this.say(
+        t("The workflow was made with another {name} than the one here.", { name }),
+        this.does(t("Use this file"), () => this.mean("", facts.sha256)),
+      )
     } catch (error) {
       if (asked === this.asked) this.say(error.message)
     }
@@ -106,13 +113,16 @@ class Carrier {
       const bytes = bytesOf(this.embedded.value)
       const { word, superclass } = headerOf(bytes)
       this.say(
-        `embedded: ${word}, a ${superclass}, ${(bytes.length / 1024).toFixed(0)} KB. ` +
-          "It travels in this workflow and in every picture made with it.",
-        this.does("Save to my concepts", () => this.save(bytes, word)),
-        this.does("Take out of workflow", () => this.takeOut()),
+        t("embedded: {word}, a {superclass}, {size} KB. It travels in this workflow and in every picture made with it.", {
+          word,
+          superclass,
+          size: (bytes.length / 1024).toFixed(0),
+        }),
+        this.does(t("Save to my concepts"), () => this.save(bytes, word)),
+        this.does(t("Take out of workflow"), () => this.takeOut()),
       )
     } catch {
-      this.say("embedded: damaged. Choose a file in the list instead.")
+      this.say(t("embedded: damaged. Choose a file in the list instead."))
     }
   }
 
@@ -130,8 +140,14 @@ class Carrier {
   }
 
   async embed({ embedded, embedded_sha256 }) {
-    const agreed = await app.extensionManager.dialog.confirm({ title: "Embed in workflow", message: LIKENESS })
+    const agreed = await app.extensionManager.dialog.confirm({ title: t("Embed in workflow"), message: likeness() })
     if (agreed) this.mean(embedded, embedded_sha256)
+  }
+
+  /** Embeds without asking, for whoever has chosen that in the settings. */
+  carry({ embedded, embedded_sha256 }) {
+    this.mean(embedded, embedded_sha256)
+    return this.look()
   }
 
   async save(bytes, word) {
@@ -139,14 +155,17 @@ class Carrier {
     const saved = await ask({ name }, { method: "POST", body: bytes })
     await app.refreshComboInNodes()
     this.name.value = saved.name
-    this.say(`Saved as ${saved.name}. It still travels in this workflow.`, this.does("Take out of workflow", () => this.takeOut()))
+    this.say(
+      t("Saved as {name}. It still travels in this workflow.", saved),
+      this.does(t("Take out of workflow"), () => this.takeOut()),
+    )
     return false
   }
 
   async takeOut() {
     const facts = await ask({ name: this.name.value }).catch(() => null)
     if (facts?.embedded_sha256 !== this.sha256.value) {
-      throw new Error("It is not among your concepts, so it would be lost. Save it first, or choose a file in the list.")
+      throw new Error(t("It is not among your concepts, so it would be lost. Save it first, or choose a file in the list."))
     }
     this.mean("", facts.sha256)
   }
