@@ -1,4 +1,4 @@
-"""`python -m bench e4t`: the domains that ours is measured against, on the pictures of its first stage.
+"""`python -m bench e4t`: the domains that ours is measured against, on the pictures, steps and batches of ours.
 
     e4t-full      E4T as published (Gal et al. 2023, arXiv 2302.12228): embedding and weight offsets, no edit. Whoever
                   is to be drawn, all weights are then tuned, from those with the offsets in them.
@@ -32,7 +32,6 @@ from .make_world import WORK
 KINDS = "e4t-full", "e4t-tokens"
 FILES = {kind: WORK / f"{SUPERCLASS}-{kind}.safetensors" for kind in KINDS}
 LEARNING_RATE = 1e-3
-PICTURES, STEPS = 6000, 5000  # those of our first stage
 HELD = 4  # pictures that are not trained on
 
 
@@ -81,20 +80,20 @@ def started(method: str, host, images: Tensor) -> tuple[dict[str, Tensor], dict[
 def album(host):
     """Latents, class tokens and captions of the pictures of `bench domain`."""
     latents, tokens, captions = [], [], []
-    for first in range(0, PICTURES, domain.CHUNK):
+    for first in range(0, domain.PICTURES, domain.CHUNK):
         pictures, said = domain.chunk(first)
         images = (pictures.float() / 255).movedim(1, -1)  # BCHW -> BHWC
         latents.append(host.latents(images).half())
         tokens.append(tokens_of(tower(), images, e4t.Encoder.read).half())
         captions += said
-        print(f"\rpictures read: {len(captions)} of {PICTURES}", end="", flush=True)
+        print(f"\rpictures read: {len(captions)} of {domain.PICTURES}", end="", flush=True)
     return torch.cat(latents), torch.cat(tokens), captions
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"of {', '.join(KINDS)}")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=domain.SETTINGS["steps"])
     arguments = parser.parse_args()
     host = DiffusersHost(miniature(), SUPERCLASS, DEMO)
     latents, tokens, captions = album(host)

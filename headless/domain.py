@@ -81,8 +81,9 @@ def train_domain(arguments):
                          arguments.learning_rate)
     train_on = len(paths) - HELD  # the last ones are held out
 
-    begun_with = {"begun": begun and begun.hash[:16]}
-    checkpoint = Checkpoint(work / "checkpoint.pt", facts_of(host, tower, album, paths, lines, resolution) | begun_with)
+    with_what = begun and begun.hash[:16]
+    facts = facts_of(host, tower, album, paths, lines, resolution) | {"begun": with_what}
+    checkpoint = Checkpoint(work / "checkpoint.pt", facts)
 
     def data(rows, generator):
         said = [lines[k][int(torch.randint(len(lines[k]), (), generator=generator))] for k in rows.tolist()]
@@ -92,7 +93,7 @@ def train_domain(arguments):
     def domain(course, step):
         facts = {"steps": step, "pictures": train_on, "batch": settings.batch, "seed": settings.seed,
                  "learning_rate": settings.learning_rate, "resolution": resolution, "model": Path(arguments.model).name}
-        facts |= begun_with
+        facts |= {"begun": with_what} if begun else {}
         return course.domain(tower.hash, facts)
 
     def sample(course, step):

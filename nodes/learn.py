@@ -56,7 +56,7 @@ class QuickTune(io.ComfyNode):
             ],
             outputs=[Concept.Output(display_name="concept", tooltip="For Apply and Save Perfusion Concept.")],
             hidden=[io.Hidden.unique_id],
-            **known(io.Schema, has_intermediate_output=True,  # the strip is there again after a reload
+            **known(io.Schema, has_intermediate_output=True,  # the sheet is there again after a reload
                     search_aliases=["personalize", "train", "dreambooth", "textual inversion", "one photo"]),
         )
 

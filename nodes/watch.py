@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from server import PromptServer
 
-SIDE = 256  # pixels of each part of the strip
+SIDE = 256  # pixels of each part of the sheet
 
 
 def tell(node_id: str, text: str):
@@ -66,14 +66,14 @@ def curve(losses: list[float], steps: int) -> Image.Image:
     return picture
 
 
-def strip(*pictures: Image.Image) -> Image.Image:
-    """Pictures side by side, each fitted into a square."""
-    sheet = Image.new("RGB", (SIDE * len(pictures), SIDE), "#202020")
+def sheet(*pictures: Image.Image) -> Image.Image:
+    """Pictures two by two, which a node shows larger than a row, each fitted into a square."""
+    whole = Image.new("RGB", (2 * SIDE, (len(pictures) + 1) // 2 * SIDE), "#202020")
     for i, picture in enumerate(pictures):
-        picture = picture.copy()
-        picture.thumbnail((SIDE, SIDE))
-        sheet.paste(picture, (i * SIDE + (SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
-    return sheet
+        picture = ImageOps.contain(picture, (SIDE, SIDE))
+        x, y = (SIDE - picture.width) // 2, (SIDE - picture.height) // 2
+        whole.paste(picture, (i % 2 * SIDE + x, i // 2 * SIDE + y))
+    return whole
 
 
 class Watch:
@@ -99,7 +99,7 @@ class Watch:
         tell(self.node_id, f"Step {progress.step} of {progress.steps}, "
                            f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left")
         parts = [*self.drawn, curve(self.losses, self.steps)]
-        self.bar.update_absolute(progress.step, progress.steps, ("JPEG", strip(*parts), SIDE * len(parts)))
+        self.bar.update_absolute(progress.step, progress.steps, ("JPEG", sheet(*parts), 2 * SIDE))
 
     def school(self, schooled):
         """A step of a domain is done."""
@@ -109,7 +109,7 @@ class Watch:
         self.bar.update_absolute(schooled.step, schooled.steps)
 
     def result(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """The strip that stays on the node (1, H, W, 3): photo, before, after, and the curve if there is one."""
+        """The sheet that stays on the node (1, H, W, 3): photo, before, after, and the curve if there is one."""
         parts = [to_pil(images) for images in (self.images, before, after)]
-        sheet = strip(*parts, *([curve(self.losses, self.steps)] if self.losses else []))
-        return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]
+        whole = sheet(*parts, *([curve(self.losses, self.steps)] if self.losses else []))
+        return torch.from_numpy(np.asarray(whole).astype(np.float32) / 255)[None]

@@ -233,7 +233,7 @@ def test_errors_are_over_creatures_after_seeds_and_pairs_are_of_what_both_had():
 
 
 def test_a_domains_captions_say_the_context_and_nothing_of_who_it_is(tmp_path):
-    domain.draw(tmp_path, range(domain.CHUNK))
+    domain.draw(tmp_path, domain.CHUNK)
     who = {words for factor in world.FACTORS["creature"] for words in factor.words}
     assert len(list(tmp_path.glob("*.png"))) == domain.CHUNK
     for path in tmp_path.glob("*.txt"):
