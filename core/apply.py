@@ -9,10 +9,11 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .acting import always
 from .concept import BASES, Concept
 from .joint_edit import JointEdit, check_fit
 from .key_lock import edited, unit
-from .prompt import PRESENT, WORDS, Token, superclass_ids, tokenizers, with_word
+from .prompt import PRESENT, TEXTS, VERSIONS, WORDS, Token, superclass_ids, tokenizers, with_word
 
 KEY = "perfusion"
 FAMILIES = {"SD15": "sd1", "SD20": "sd2", "SDXL": "sdxl"}  # the host's classes; fine-tunes and inpainting derive
@@ -53,14 +54,21 @@ def projections(diffusion_model) -> dict[str, torch.nn.Module]:
     }
 
 
+def window(sampling, sigma: float):
+    """Who acts at a noise level, by the parts of sampling that the host's own nodes mean."""
+    return lambda acting: sampling.percent_to_sigma(acting.end) <= sigma <= sampling.percent_to_sigma(acting.start)
+
+
 class ConceptWrapper:
     """Edits one model call for the rows whose prompt names a concept."""
 
     def __init__(self, concepts: tuple[Concept, ...], edit_negative: bool):
         self.concepts, self.edit_negative, self.edit = concepts, edit_negative, JointEdit(concepts)
+        self.timed = any(c.acting.timed for c in concepts)
 
     def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         words, present = kwargs.pop(WORDS, ()), kwargs.pop(PRESENT, None)
+        versions, texts = kwargs.pop(VERSIONS, ()), kwargs.pop(TEXTS, None)
         if present is None:  # encoded by a CLIP that knows none of the words
             words, present = (), torch.zeros(1, 0)
         none = present.new_zeros(len(present))
@@ -68,7 +76,9 @@ class ConceptWrapper:
         present = torch.stack(columns, dim=1)
         if self.edit_negative:
             present = present.where(present != 0, 1.0)
-        edit = self.edit(present.to(x.device))  # the host leaves the mark on the CPU
+        texts = dict(zip(versions, texts.chunk(len(versions), -1))) if versions else {}
+        acts = window(executor.class_obj.model_sampling, t[0].item()) if self.timed else always
+        edit = self.edit(present.to(x.device), words, texts, acts)  # the host leaves the marks on the CPU
         with edited(projections(executor.class_obj.diffusion_model), edit):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
@@ -103,7 +113,7 @@ def apply(model, clip, concept: Concept, edit_negative: bool = False, heard=None
     """
     check(model, clip, concept)
     token = Token({} if concept.off else concept.embedding, superclass_ids(clip, concept.superclass),
-                  unit(concept.direction, concept.target_input), heard)
+                  unit(concept.direction, concept.target_input), heard, concept.acting)
     clip = with_word(clip, concept.word, token)
     if concept.off:
         return model, clip

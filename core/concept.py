@@ -2,7 +2,8 @@
 
 The file holds what applying needs and nothing more: fp16 tensors by name (`embedding.<encoder>`, `target_input`,
 `key_input`, `direction`, `target_output.<projection>`, values only) and string metadata. SD1.5: about 35 KB.
-It is only ever parsed as safetensors.
+It is only ever parsed as safetensors. When a concept acts is not in it: that belongs to one picture, while
+strength, which is in it, says how well the concept was learnt.
 """
 
 import base64
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .acting import Acting
 from .file import pack, unpacked, write
 from .key_lock import TEMPERATURE, bias_of
 
@@ -47,6 +49,7 @@ class Concept:
     domain: str = ""
     training: dict = field(default_factory=dict)
     cover: str = ""  # base64 of a JPEG
+    acting: Acting = Acting()  # of the graph, not of the file
 
     @property
     def off(self) -> bool:

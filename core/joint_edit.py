@@ -5,11 +5,12 @@ concepts alone is prepared once, and copied once to each device; a call adds whi
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
+from .acting import AS_ENCODED, Acting, VersionedEdit, Words, always, given_back, version
 from .concept import BASES, Concept
 from .key_lock import Edit, cosines, joint, overlap, unit
 
@@ -43,7 +44,11 @@ def check_fit(concept: Concept, base: str, widths: dict[str, int], encoders: Col
 
 
 class JointEdit:
-    """The edit of concepts (one or more) for the rows of `present` (b, j), on its device; see `key_lock.Edit`."""
+    """The edit of concepts (one or more) for the rows of `present` (b, j), on its device; see `key_lock.Edit`.
+
+    `acts` tells who acts at the time, all unless given. `texts` are the versions (b, n, d) of the prompts in whose rows
+    the words `known` may stand, by the words given back; see acting.py.
+    """
 
     def __init__(self, concepts: tuple[Concept, ...]):
         if len(concepts) > MOST:
@@ -56,6 +61,7 @@ class JointEdit:
         if closest > 0.99:
             logging.warning("Perfusion: two of the concepts are nearly the same to the text encoder "
                             f"(cosine {closest:.4f}); expect them to mix.")
+        self.concepts = concepts
         self.fields = stack | {
             "bias": torch.tensor([c.gate_bias for c in concepts]),
             "temperature": torch.tensor([c.temperature for c in concepts]),
@@ -65,7 +71,19 @@ class JointEdit:
         }
         self.on = {}  # device -> fields
 
-    def __call__(self, present: Tensor) -> Edit:
+    def __call__(self, present: Tensor, known: Collection[str] = (), texts: Mapping[Words, Tensor] = {},
+                 acts: Callable[[Acting], bool] = always) -> Edit | VersionedEdit:
+        on = [acts(c.acting) for c in self.concepts]
+        if all(on):
+            return self._edit(present)
+        edit = self._edit(present * present.new_tensor(on))
+        words = given_back({c.word: c.acting for c in self.concepts if c.word in known}, acts)
+        if not words:
+            return edit
+        read = version(texts, words).to(present.device)
+        return VersionedEdit(edit, texts[AS_ENCODED].to(present.device), read)
+
+    def _edit(self, present: Tensor) -> Edit:
         device = present.device
         if device not in self.on:
             self.on[device] = {name: f.to(device) if torch.is_tensor(f) else {n: o.to(device) for n, o in f.items()}

@@ -3,7 +3,9 @@
 A clone of CLIP carries two shallow copies. Its tokenizer lets a prompt hold vectors where the word stands. Its
 `cond_stage_model` answers as always, and says in its third value which concepts the prompt names: the host copies that
 into the conditioning, and `model_conds` reach the model's wrappers, one value a row. Prompts without the word take the
-untouched code path, and CLIP.clone() keeps both copies.
+untouched code path, and CLIP.clone() keeps both copies. Where a concept does not act at any time (acting.py), the
+prompt's versions go the same way, side by side (1, n, versions · d), so that the host lengthens them as it does the
+prompt.
 """
 
 import copy
@@ -12,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from comfy.conds import CONDConstant, CONDRegular
+from comfy.conds import CONDConstant, CONDCrossAttn, CONDRegular
 from comfy.sd1_clip import SDTokenizer
 from torch import Tensor
 
+from .acting import Acting, Words, versions
 from .gate_reading import similarities
 
-WORDS, PRESENT = "perfusion_words", "perfusion_gate"  # names in the conditioning, and the wrapper's keyword arguments
+# Names in the conditioning, and the wrapper's keyword arguments.
+WORDS, PRESENT, VERSIONS, TEXTS = "perfusion_words", "perfusion_gate", "perfusion_versions", "perfusion_texts"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Token:
     superclass: dict[str, int]
     direction: Tensor | None = None  # (d)
     heard: Callable[[list, float], None] | None = None
+    acting: Acting = Acting()
 
 
 class WordTokenizer:
@@ -70,21 +75,25 @@ class WordEncoder:
 
     def __init__(self, plain, words: dict[str, Token], tokenizers: dict[str, SDTokenizer]):
         self.plain, self.words, self.tokenizers = plain, words, tokenizers
+        self.marked = tuple(word for word, token in words.items() if token.vector)
+        self.versions = versions({word: words[word].acting for word in self.marked})
 
     def __call__(self, tokens):
         cond, pooled, *extra = self.plain(tokens)
-        marked = tuple(word for word, token in self.words.items() if token.vector)
-        if not marked:
+        if not self.marked:
             return cond, pooled, *extra
-        weights, usual = {}, {}
-        for key, chunks in tokens.items():
-            usual[key] = [[self._superclass(key, t, weight, weights) for t, weight in chunk] for chunk in chunks]
-        if weights:
-            pooled = self.plain(usual)[1]
+        weights = self._weights(tokens)
+        said = Words(weights)
+        answers = {Words(): (cond, pooled)}  # by which of the said words are given back to their superclass
+        for words in {said, *(version & said for version in self.versions)} - {Words()}:
+            answers[words] = self.plain(self._given_back(tokens, words))
         self._tell(tokens, cond, weights)
-        present = torch.tensor([[weights.get(word, 0.0) for word in marked]])
-        conds = {WORDS: CONDConstant(marked), PRESENT: CONDRegular(present)}
-        return cond, pooled, {**(extra[0] if extra else {}), "model_conds": conds}
+        present = torch.tensor([[weights.get(word, 0.0) for word in self.marked]])
+        conds = {WORDS: CONDConstant(self.marked), PRESENT: CONDRegular(present)}
+        if len(self.versions) > 1:
+            texts = torch.cat([answers[version & said][0] for version in self.versions], -1)
+            conds |= {VERSIONS: CONDConstant(self.versions), TEXTS: CONDCrossAttn(texts)}
+        return cond, answers[said][1], {**(extra[0] if extra else {}), "model_conds": conds}
 
     def _tell(self, tokens, cond, weights):
         key, chunks = next(iter(tokens.items()))  # SDXL's two encoders have the same words in the same rows
@@ -95,12 +104,24 @@ class WordEncoder:
                 seen = similarities(chunks, cond[0], token.direction, vectors, self.tokenizers[name])
                 token.heard(seen, weights.get(word, 0.0))
 
-    def _superclass(self, key, t, weight, weights):
-        for word, token in self.words.items():
-            if torch.is_tensor(t) and t is token.vector.get(f"clip_{key}"):
-                weights[word] = max(weight, weights.get(word, weight))
-                return token.superclass[f"clip_{key}"], weight
-        return t, weight
+    def _word(self, key, t):
+        return next((word for word in self.marked if t is self.words[word].vector.get(f"clip_{key}")), None)
+
+    def _weights(self, tokens) -> dict[str, float]:
+        weights = {}
+        for key, chunks in tokens.items():
+            for t, weight in (pair for chunk in chunks for pair in chunk):
+                if word := self._word(key, t):
+                    weights[word] = max(weight, weights.get(word, weight))
+        return weights
+
+    def _given_back(self, tokens, words: Words) -> dict:
+        def token(key, t):
+            word = self._word(key, t)
+            return self.words[word].superclass[f"clip_{key}"] if word in words else t
+
+        return {key: [[(token(key, t), weight) for t, weight in chunk] for chunk in chunks]
+                for key, chunks in tokens.items()}
 
 
 def tokenizers(clip) -> dict[str, SDTokenizer]:

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..core import concept as files
+from ..core.acting import Acting
 from ..core.apply import apply
 from ..core.key_lock import TEMPERATURE
 from . import folders
@@ -74,14 +75,22 @@ class GateStrength(io.ComfyNode):
                                tooltip="Raw mode: the gate's bias. It runs the other way: higher is less concept."),
                 io.Float.Input("temperature", default=TEMPERATURE, min=0.01, max=2, step=0.01, round=0.001, **advanced,
                                tooltip="Raw mode: how softly the gate opens around the bias."),
+                io.Float.Input("start_percent", optional=True, default=0.0, min=0, max=1, step=0.01, round=0.001,
+                               **advanced, tooltip="From which part of the sampling on the concept acts. Before, its "
+                                                   "word is the superclass word and the model is the plain one."),
+                io.Float.Input("end_percent", optional=True, default=1.0, min=0, max=1, step=0.01, round=0.001,
+                               **advanced, tooltip="Up to which part of the sampling the concept acts. After, its word "
+                                                   "is the superclass word and the model is the plain one."),
             ],
             outputs=[Concept.Output(display_name="concept", tooltip="The same concept at this strength.")],
             **known(io.Schema, has_intermediate_output=True),  # told again by runs that find it done
         )
 
     @classmethod
-    def execute(cls, concept, strength, bias_mode, bias, temperature) -> io.NodeOutput:
+    def execute(cls, concept, strength, bias_mode, bias, temperature, start_percent=0.0,
+                end_percent=1.0) -> io.NodeOutput:
         concept = concept.at(strength) if bias_mode == "slider" else concept.raw(bias, temperature)
+        concept = concept.replace(acting=Acting(start_percent, end_percent))
         return io.NodeOutput(concept, ui={"perfusion_gate": (gate(concept),)})
 
 

@@ -27,7 +27,7 @@ def rows(text):
 def default(thing):
     """What a page has in the default's column for an input."""
     value = getattr(thing, "default", None)
-    if thing.optional or value is None:
+    if value is None:
         return "optional" if thing.optional else "required"
     return ("off", "on")[value] if isinstance(value, bool) else str(value) or "empty"
 

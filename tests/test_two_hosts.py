@@ -5,7 +5,6 @@ Two programs that share no code of a model; where they agree, what the pack read
 
 import copy
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +25,9 @@ from perfusion.bench import mini_models
 from perfusion.core import apply as applying
 from perfusion.core import demo_comfy, host_comfy, weight_offset
 from perfusion.core import host_diffusers as hd
+from perfusion.core.acting import Acting
 from perfusion.core.concept import dump, parse
 from perfusion.core.covariance import PACKAGED
-from perfusion.core.joint_edit import JointEdit
-from perfusion.core.key_lock import edited
-from perfusion.core.prompt import PRESENT, WORDS
 from perfusion.core.tune import Tuning, tune
 
 pytestmark = pytest.mark.host
@@ -261,7 +258,7 @@ def predictions(w, concepts, sigma=2.5):
     answers = []
     for k, prompt in enumerate(prompts):
         (context, rest), = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-        marks = {name: c.cond for name, c in rest.get("model_conds", {}).items() if name in (WORDS, PRESENT)}
+        marks = {name: c.cond for name, c in rest.get("model_conds", {}).items() if name.startswith("perfusion_")}
         conds = w.model.model.extra_conds(cross_attn=context, pooled_output=rest["pooled_output"], noise=x[k : k + 1],
                                           device="cpu", width=64, height=64, prompt_type="positive")
         conds = {name: c.process_cond(batch_size=1, area=None, device="cpu").cond for name, c in conds.items()}
@@ -273,9 +270,8 @@ def predictions(w, concepts, sigma=2.5):
     context, present = hd.encode_prompts(w.pipe, prompts, concepts)
     words = hd.words_of(w.pipe, concepts)
     more = hd.added(hd.pooled(hd.encoders(w.pipe), prompts, words), 64, 64) if w.kind == "sdxl" else {}
-    on = tuple(c for c in concepts if not c.off)
-    edit = edited(hd.projections(w.pipe.unet), JointEdit(on)(present)) if on else nullcontext()
-    with torch.no_grad(), edit:
+    texts = hd.texts_of(w.pipe, prompts, concepts, context)
+    with torch.no_grad(), hd.acting(w.pipe, concepts, present, texts):
         found = w.pipe.unet(x / (1 + sigma**2) ** 0.5, sampling.timestep(torch.tensor(sigma)), context,
                             added_cond_kwargs=more).sample
     if w.pipe.scheduler.config.prediction_type == "epsilon":
@@ -296,6 +292,19 @@ def test_the_predictions_agree(pair, kind, how):
     if concepts:
         assert (here - plain).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-2  # the edit is well above what they differ by
         assert torch.equal(here[1], plain[1]) and torch.equal(here[3], plain[3])
+
+
+@every_kind
+@pytest.mark.parametrize("sigma, acting", [(0.5, (False, True)), (2.5, (True, True)), (9.0, (True, False))])
+def test_the_predictions_agree_where_concepts_act_for_a_part_of_the_sampling(pair, kind, sigma, acting):
+    w = pair(kind)
+    mimi, rex = (c.replace(acting=Acting(*times)) for c, times in zip(w.concepts, ((0.0, 0.7), (0.3, 1.0))))
+    with torch.inference_mode():
+        here, there = predictions(w, (mimi, rex), sigma)
+        if not all(acting):
+            act = [c if on else c.at(0) for c, on in zip(w.concepts, acting)]
+            torch.testing.assert_close(here, predictions(w, act, sigma)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
 
 
 @every_kind

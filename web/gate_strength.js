@@ -9,6 +9,7 @@ import { t } from "./texts.mjs"
 
 const [LEFT, RIGHT, TOP, BOTTOM] = [-0.25, 1.25, 8, 62] // similarities at the chart's ends; its pixels from the top
 const WIDTH = 240
+const DIAL = ["strength", "bias_mode", "bias", "temperature"] // the widgets that the curve follows
 const COLOUR = "#e08a1e"
 const X = (similarity) => (WIDTH * (Math.min(RIGHT, Math.max(LEFT, similarity)) - LEFT)) / (RIGHT - LEFT)
 const Y = (opening) => BOTTOM - (BOTTOM - TOP) * opening
@@ -27,7 +28,7 @@ class Chart {
     panel(node, "chart").append(this.drawing, this.caption, this.prompts)
 
     for (const widget of node.widgets) {
-      if (!["strength", "bias_mode", "bias", "temperature"].includes(widget.name)) continue
+      if (!DIAL.includes(widget.name)) continue
       const moved = widget.callback
       widget.callback = (...args) => {
         moved?.apply(widget, args)
@@ -63,7 +64,7 @@ class Chart {
 
   /** The gate as the widgets say; as the last run had it where another node turns the dial. */
   present() {
-    const linked = this.node.inputs.some((input) => input.widget && input.link != null)
+    const linked = this.node.inputs.some((input) => DIAL.includes(input.widget?.name) && input.link != null)
     if (linked && this.concept) return this.concept
     return dialled(Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value])))
   }
