@@ -1,9 +1,16 @@
-"""When a concept acts, and which version of its prompt is read meanwhile.
+"""When a concept acts, what its keys are locked to, and which versions of its prompt are read meanwhile.
 
 A version of a prompt has some of the concepts' words given back to their superclass words, and is named by these words;
 the prompt as it was encoded is the version of none. A concept that does not act is off, as at strength 0: its word is
 given back and nothing is edited for it. What a text encoder makes of the versions is kept beside the prompt, because
 while a picture is made there is no text encoder at hand.
+
+    V = W (x − Σⱼ cⱼ i*ⱼ) + Σⱼ gⱼ o*ⱼ    x   the version without the words of those that do not act
+    K = W x′                              x′  x without the words of those whose lock is global too
+
+Global key-locking (Perfusion, arXiv 2305.01644) aligns the keys of a whole prompt with its superclass version while
+pictures are made, where the local lock of key_lock.py holds the concept's own tokens. The keys of x′ are the plain ones
+(a public implementation edits them on top); for concepts of a local lock beside it x′ is edited as ever.
 
 Letters: b batch · n tokens · d text width · j concepts.
 """
@@ -23,10 +30,11 @@ AS_ENCODED = Words()
 
 @dataclass(frozen=True, eq=False)
 class Acting:
-    """The part of sampling in which a concept acts, 0 its start and 1 its end; both ends are in it."""
+    """The part of sampling in which a concept acts, 0 its start and 1 its end, both ends in it; and its lock."""
 
     start: float = 0.0
     end: float = 1.0
+    lock: str = "local"  # or "global"
 
     @property
     def timed(self) -> bool:
@@ -41,16 +49,17 @@ def always(acting: Acting) -> bool:
     return True
 
 
-def given_back(acting: Mapping[str, Acting], acts: Callable[[Acting], bool]) -> Words:
-    """The version that is read while those act of whom `acts` says so."""
-    return Words(word for word, a in acting.items() if not acts(a))
+def given_back(acting: Mapping[str, Acting], acts: Callable[[Acting], bool]) -> tuple[Words, Words]:
+    """The versions that keys and that values read while those act of whom `acts` says so."""
+    away = Words(word for word, a in acting.items() if not acts(a))
+    return away | {word for word, a in acting.items() if a.lock == "global"}, away
 
 
 def versions(acting: Mapping[str, Acting]) -> tuple[Words, ...]:
     """Every version that is read at some time of sampling, the prompt as it was encoded first."""
     ends = sorted({0.0, 1.0, *(time for a in acting.values() for time in (a.start, a.end))})
     times = *ends, *((a + b) / 2 for a, b in pairwise(ends))
-    found = {given_back(acting, lambda a, time=time: a.at(time)) for time in times}
+    found = {words for time in times for words in given_back(acting, lambda a, time=time: a.at(time))}
     return AS_ENCODED, *sorted(found - {AS_ENCODED}, key=sorted)
 
 
@@ -58,25 +67,27 @@ def version(texts: Mapping[Words, Tensor], words: Words) -> Tensor:
     """Encodings (b, n, d) of a version. Raises ValueError where the prompts were encoded without it."""
     if words not in texts:
         raise ValueError(
-            f"{' and '.join(sorted(words))} should be its superclass word in this part of the sampling, and the "
-            "prompts were encoded for another Gate Strength. Connect MODEL and CLIP from the same Apply Perfusion "
-            "Concept."
+            f"{' and '.join(sorted(words))} should be given back to the superclass word, and the prompts were encoded "
+            "for another Gate Strength. Connect MODEL and CLIP from the same Apply Perfusion Concept."
         )
     return texts[words]
 
 
 class VersionedEdit:
-    """For `key_lock.edited`: an edit of the version `text` (b, n, d) of prompts whose encodings are `encoded`.
+    """For `key_lock.edited`: an edit of the versions `keys` and `values` (b, n, d) of prompts that are `encoded`.
 
-    A row that another node has changed since it was encoded is read as it comes: its versions are unknown.
+    `key_edit` is what is left of the edit for keys under a global lock. A row that another node has changed since it
+    was encoded is edited as it comes: its versions are unknown.
     """
 
-    def __init__(self, edit: Edit, encoded: Tensor, text: Tensor):
-        self.edit, self.encoded, self.text = edit, encoded, text
+    def __init__(self, edit: Edit, key_edit: Edit, encoded: Tensor, keys: Tensor, values: Tensor):
+        self.edit, self.key_edit, self.encoded, self.keys, self.values = edit, key_edit, encoded, keys, values
         self.target_output = edit.target_output
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.edit(torch.where(as_encoded(x, self.encoded), self.text.to(x), x))
+        same = as_encoded(x, self.encoded)
+        keys, values, g = self.edit(torch.where(same, self.values.to(x), x))
+        return torch.where(same, self.key_edit(self.keys.to(x))[0], keys), values, g
 
 
 def as_encoded(x: Tensor, encoded: Tensor) -> Tensor:
@@ -84,8 +95,7 @@ def as_encoded(x: Tensor, encoded: Tensor) -> Tensor:
     if x.shape != encoded.shape:
         raise ValueError(
             f"Another node gives the model {x.shape[1]} tokens of text in {len(x)} rows where the prompts have "
-            f"{encoded.shape[1]} in {len(encoded)}, so a concept that does not act everywhere and at any time cannot "
-            "be given back to its superclass word. Write the prompt in one piece, or set start_percent to 0 and "
-            "end_percent to 1."
+            f"{encoded.shape[1]} in {len(encoded)}, so no word can be given back to its superclass word. Write the "
+            "prompt in one piece, or let the concept act at any time and with a local lock."
         )
     return (x == encoded.to(x)).all(-1, keepdim=True).all(-2, keepdim=True)

@@ -74,17 +74,17 @@ class JointEdit:
     def __call__(self, present: Tensor, known: Collection[str] = (), texts: Mapping[Words, Tensor] = {},
                  acts: Callable[[Acting], bool] = always) -> Edit | VersionedEdit:
         on = [acts(c.acting) for c in self.concepts]
-        if all(on):
-            return self._edit(present)
-        edit = self._edit(present * present.new_tensor(on))
-        words = given_back({c.word: c.acting for c in self.concepts if c.word in known}, acts)
-        if not words:
+        edit = self._edit(present, on)
+        keys, values = given_back({c.word: c.acting for c in self.concepts if c.word in known}, acts)
+        if not keys:
             return edit
-        read = version(texts, words).to(present.device)
-        return VersionedEdit(edit, texts[AS_ENCODED].to(present.device), read)
+        read = {words: version(texts, words).to(present.device) for words in (keys, values, AS_ENCODED)}
+        local = [c.acting.lock == "local" and now for c, now in zip(self.concepts, on)]
+        return VersionedEdit(edit, self._edit(present, local), read[AS_ENCODED], read[keys], read[values])
 
-    def _edit(self, present: Tensor) -> Edit:
+    def _edit(self, present: Tensor, on: list[bool]) -> Edit:
         device = present.device
+        present = present if all(on) else present * present.new_tensor(on)
         if device not in self.on:
             self.on[device] = {name: f.to(device) if torch.is_tensor(f) else {n: o.to(device) for n, o in f.items()}
                                for name, f in self.fields.items()}

@@ -81,16 +81,19 @@ class GateStrength(io.ComfyNode):
                 io.Float.Input("end_percent", optional=True, default=1.0, min=0, max=1, step=0.01, round=0.001,
                                **advanced, tooltip="Up to which part of the sampling the concept acts. After, its word "
                                                    "is the superclass word and the model is the plain one."),
+                io.Combo.Input("lock", options=["local", "global"], default="local", optional=True, **advanced,
+                               tooltip="local: the concept's own word attends as its superclass word does. global: the "
+                                       "whole prompt does, for richer scenes; it bears a higher strength."),
             ],
             outputs=[Concept.Output(display_name="concept", tooltip="The same concept at this strength.")],
             **known(io.Schema, has_intermediate_output=True),  # told again by runs that find it done
         )
 
     @classmethod
-    def execute(cls, concept, strength, bias_mode, bias, temperature, start_percent=0.0,
-                end_percent=1.0) -> io.NodeOutput:
+    def execute(cls, concept, strength, bias_mode, bias, temperature, start_percent=0.0, end_percent=1.0,
+                lock="local") -> io.NodeOutput:
         concept = concept.at(strength) if bias_mode == "slider" else concept.raw(bias, temperature)
-        concept = concept.replace(acting=Acting(start_percent, end_percent))
+        concept = concept.replace(acting=Acting(start_percent, end_percent, lock))
         return io.NodeOutput(concept, ui={"perfusion_gate": (gate(concept),)})
 
 

@@ -18,7 +18,7 @@ PROMISED = {
                          "mask captions concept preview_every",
     "PerfusionSaveConcept": "concept name cover",
     "PerfusionLoadConcept": "concept_name embedded sha256",
-    "PerfusionGateStrength": "concept strength bias_mode bias temperature start_percent end_percent",
+    "PerfusionGateStrength": "concept strength bias_mode bias temperature start_percent end_percent lock",
     "PerfusionApplyConcept": "model clip concept edit_negative",
     "PerfusionDemoModel": "",
     "PerfusionLoadDomain": "domain_name",

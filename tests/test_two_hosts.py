@@ -28,6 +28,8 @@ from perfusion.core import host_diffusers as hd
 from perfusion.core.acting import Acting
 from perfusion.core.concept import dump, parse
 from perfusion.core.covariance import PACKAGED
+from perfusion.core.joint_edit import JointEdit
+from perfusion.core.key_lock import edited
 from perfusion.core.tune import Tuning, tune
 
 pytestmark = pytest.mark.host
@@ -305,6 +307,35 @@ def test_the_predictions_agree_where_concepts_act_for_a_part_of_the_sampling(pai
             act = [c if on else c.at(0) for c, on in zip(w.concepts, acting)]
             torch.testing.assert_close(here, predictions(w, act, sigma)[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+
+
+@every_kind
+@pytest.mark.parametrize("locks", [("global", "local"), ("global", "global")])
+def test_the_predictions_agree_under_a_global_lock(pair, kind, locks):
+    w = pair(kind)
+    concepts = [c.replace(acting=Acting(lock=lock)) for c, lock in zip(w.concepts, locks)]
+    with torch.inference_mode():
+        here, there = predictions(w, concepts)
+        local, _ = predictions(w, w.concepts)
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    assert (here - local).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
+    assert torch.equal(here[1], local[1]) and torch.equal(here[3], local[3])
+
+
+@every_kind
+def test_a_global_locks_keys_are_those_of_the_superclass_prompt_to_the_bit(pair, kind):
+    w = pair(kind)
+    mimi = w.concepts[0].replace(acting=Acting(lock="global"))
+    context, present = hd.encode_prompts(w.pipe, [f"a red {MIMI} in the snow"], [mimi])
+    plain, _ = hd.encode_prompts(w.pipe, [f"a red {w.cat} in the snow"])
+    edit = JointEdit((mimi,))(present, [MIMI], hd.texts_of(w.pipe, [f"a red {MIMI} in the snow"], [mimi], context))
+    layers = hd.projections(w.pipe.unet)
+    keys = {name: module for name, module in layers.items() if name.endswith("to_k")}
+    with torch.no_grad():
+        expected = [module(plain) for module in keys.values()]
+        with edited(layers, edit):
+            assert all(torch.equal(module(context), e) for module, e in zip(keys.values(), expected))
+    assert torch.equal(edit(context)[1], JointEdit(w.concepts[:1])(present)(context)[1])  # values read what they did
 
 
 @every_kind
