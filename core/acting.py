@@ -1,4 +1,4 @@
-"""When a concept acts, what its keys are locked to, and which versions of its prompt are read meanwhile.
+"""When and where a concept acts, what its keys are locked to, and which versions of its prompt are read meanwhile.
 
 A version of a prompt has some of the concepts' words given back to their superclass words, and is named by these words;
 the prompt as it was encoded is the version of none. A concept that does not act is off, as at strength 0: its word is
@@ -15,7 +15,7 @@ pictures are made, where the local lock of key_lock.py holds the concept's own t
 Letters: b batch · n tokens · d text width · j concepts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,18 +23,23 @@ import torch
 from torch import Tensor
 
 from .key_lock import Edit
+from .region import Words, shares
 
-Words = frozenset[str]
 AS_ENCODED = Words()
 
 
 @dataclass(frozen=True, eq=False)
 class Acting:
-    """The part of sampling in which a concept acts, 0 its start and 1 its end, both ends in it; and its lock."""
+    """The part of sampling in which a concept acts, 0 its start and 1 its end, both in it; its lock; its region."""
 
     start: float = 0.0
     end: float = 1.0
     lock: str = "local"  # or "global"
+    region: Tensor | None = None  # (1, h, w) in 0..1, everywhere if none is given; see region.py
+
+    def __post_init__(self):
+        if self.region is not None and len(self.region) != 1:
+            raise ValueError(f"A region is one mask for all pictures, and {len(self.region)} came. Choose one of them.")
 
     @property
     def timed(self) -> bool:
@@ -45,21 +50,23 @@ class Acting:
         return self.start <= time <= self.end
 
 
-def always(acting: Acting) -> bool:
-    return True
+def places(acting: Mapping[str, Acting]) -> dict[Words, Tensor]:
+    """The share (1, h, w) that each pixel has of every set of concepts, by the words of those outside of it."""
+    return shares({word: a.region for word, a in acting.items() if a.region is not None})
 
 
-def given_back(acting: Mapping[str, Acting], acts: Callable[[Acting], bool]) -> tuple[Words, Words]:
-    """The versions that keys and that values read while those act of whom `acts` says so."""
-    away = Words(word for word, a in acting.items() if not acts(a))
+def given_back(acting: Mapping[str, Acting], on: Words) -> tuple[Words, Words]:
+    """The versions that keys and that values read while the words of `on` act."""
+    away = Words(acting) - on
     return away | {word for word, a in acting.items() if a.lock == "global"}, away
 
 
 def versions(acting: Mapping[str, Acting]) -> tuple[Words, ...]:
-    """Every version that is read at some time of sampling, the prompt as it was encoded first."""
+    """Every version that is read at some time and place, the prompt as it was encoded first."""
     ends = sorted({0.0, 1.0, *(time for a in acting.values() for time in (a.start, a.end))})
     times = *ends, *((a + b) / 2 for a, b in pairwise(ends))
-    found = {words for time in times for words in given_back(acting, lambda a, time=time: a.at(time))}
+    on = {Words(word for word, a in acting.items() if a.at(time)) for time in times}
+    found = {words for now in on for away in places(acting) for words in given_back(acting, now - away)}
     return AS_ENCODED, *sorted(found - {AS_ENCODED}, key=sorted)
 
 
@@ -96,6 +103,6 @@ def as_encoded(x: Tensor, encoded: Tensor) -> Tensor:
         raise ValueError(
             f"Another node gives the model {x.shape[1]} tokens of text in {len(x)} rows where the prompts have "
             f"{encoded.shape[1]} in {len(encoded)}, so no word can be given back to its superclass word. Write the "
-            "prompt in one piece, or let the concept act at any time and with a local lock."
+            "prompt in one piece, or let the concept act at any time, everywhere and with a local lock."
         )
     return (x == encoded.to(x)).all(-1, keepdim=True).all(-2, keepdim=True)

@@ -9,11 +9,11 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .acting import always
 from .concept import BASES, Concept
 from .joint_edit import JointEdit, check_fit
 from .key_lock import edited, unit
 from .prompt import PRESENT, TEXTS, VERSIONS, WORDS, Token, superclass_ids, tokenizers, with_word
+from .region import Blend, blended
 
 KEY = "perfusion"
 FAMILIES = {"SD15": "sd1", "SD20": "sd2", "SDXL": "sdxl"}  # the host's classes; fine-tunes and inpainting derive
@@ -54,6 +54,11 @@ def projections(diffusion_model) -> dict[str, torch.nn.Module]:
     }
 
 
+def layers(diffusion_model) -> list[torch.nn.Module]:
+    """The cross-attentions whose projections `projections` gives."""
+    return [module for name, module in diffusion_model.named_modules() if name.endswith("attn2")]
+
+
 def window(sampling, sigma: float):
     """Who acts at a noise level, by the parts of sampling that the host's own nodes mean."""
     return lambda acting: sampling.percent_to_sigma(acting.end) <= sigma <= sampling.percent_to_sigma(acting.start)
@@ -77,9 +82,15 @@ class ConceptWrapper:
         if self.edit_negative:
             present = present.where(present != 0, 1.0)
         texts = dict(zip(versions, texts.chunk(len(versions), -1))) if versions else {}
-        acts = window(executor.class_obj.model_sampling, t[0].item()) if self.timed else always
-        edit = self.edit(present.to(x.device), words, texts, acts)  # the host leaves the marks on the CPU
-        with edited(projections(executor.class_obj.diffusion_model), edit):
+        model, present = executor.class_obj, present.to(x.device)  # the host leaves the marks on the CPU
+        where = self.edit.where(window(model.model_sampling, t[0].item()) if self.timed else lambda acting: True)
+        edits = [self.edit(present, words, texts, on) for on in where]
+        found = projections(model.diffusion_model)
+        if len(edits) == 1:
+            swap = edited(found, *edits)
+        else:
+            swap = blended(layers(model.diffusion_model), found, edits, Blend(where.values(), x.shape[-2:]))
+        with swap:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 

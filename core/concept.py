@@ -2,7 +2,7 @@
 
 The file holds what applying needs and nothing more: fp16 tensors by name (`embedding.<encoder>`, `target_input`,
 `key_input`, `direction`, `target_output.<projection>`, values only) and string metadata. SD1.5: about 35 KB.
-It is only ever parsed as safetensors. When a concept acts is not in it: that belongs to one picture, while
+It is only ever parsed as safetensors. When and where a concept acts is not in it: that belongs to one picture, while
 strength, which is in it, says how well the concept was learnt.
 """
 

@@ -24,15 +24,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from . import weight_offset
-from .acting import AS_ENCODED, Words, versions
+from .acting_diffusers import acting, texts_of
 from .concept import Concept
 from .covariance import captions, frames, inverse_of
 from .fingerprint import fingerprint
-from .joint_edit import JointEdit, check_fit
-from .key_lock import edited
+from .joint_edit import check_fit
 from .prompt_diffusers import Encoders, Token, pooled, read, superclass_ids, text_weights, tokenise
 from .public_encoder import pooled_answers
-from .swap import swapped
 from .unet_names import comfy_name
 
 FAMILIES = {768: "sd1", 1024: "sd2", 128: "creature"}  # by the width of the text that the UNet reads
@@ -133,34 +131,6 @@ def encode_prompts(pipe, prompts: list[str], concepts: Sequence[Concept] = ()) -
 
 
 @torch.no_grad()
-def texts_of(pipe, prompts: list[str], concepts: Sequence[Concept], encoded: Tensor) -> dict[Words, Tensor]:
-    """Every version (b, n, d) of prompts encoded as `encoded` that is read while pictures are made; see acting.py."""
-    words, found = words_of(pipe, concepts), {AS_ENCODED: encoded}
-    for back in versions({c.word: c.acting for c in concepts if not c.off})[1:]:
-        found[back], _ = read(encoders(pipe), prompts, {word: Token({}, token.superclass) if word in back else token
-                                                        for word, token in words.items()})
-    return found
-
-
-@contextmanager
-def acting(pipe, concepts: Sequence[Concept], present: Tensor, texts: dict[Words, Tensor]):
-    """While open, the UNet is edited at each time by the concepts that act then, for rows of which `present` (b, j)
-    and `texts` tell."""
-    on = tuple(concept for concept in concepts if not concept.off)
-    joint, inside, last = JointEdit(on) if on else None, projections(pipe.unet), len(pipe.scheduler.alphas_cumprod) - 1
-
-    def forward_of(plain):
-        def forward(sample, timestep, *args, **kwargs):
-            time = 1 - float(timestep) / last
-            with edited(inside, joint(present, [c.word for c in on], texts, lambda a: a.at(time))):
-                return plain(sample, timestep, *args, **kwargs)
-        return forward
-
-    with swapped([(pipe.unet, forward_of)] if on else []):
-        yield
-
-
-@torch.no_grad()
 def pictures(pipe, prompts: list[str], concepts: Sequence[Concept] = (), negative: str = "", steps: int = 20,
              guidance: float = 6.0, seeds: Sequence[int] | None = None, size: tuple[int, int] | None = None) -> Tensor:
     """Pictures (b, H, W, 3) in 0..1, one of each prompt, by the pipeline's own sampler.
@@ -171,15 +141,17 @@ def pictures(pipe, prompts: list[str], concepts: Sequence[Concept] = (), negativ
     for kind, lines in ("negative_", [negative] * len(prompts)), ("", prompts):
         options[f"{kind}prompt_embeds"], named = encode_prompts(pipe, lines, concepts)
         present.append(named)
-        texts.append(texts_of(pipe, lines, concepts, options[f"{kind}prompt_embeds"]))
+        words = words_of(pipe, concepts)
+        texts.append(texts_of(encoders(pipe), lines, concepts, words, options[f"{kind}prompt_embeds"]))
         if base_of(pipe) == "sdxl":
-            options[f"{kind}pooled_prompt_embeds"] = pooled(encoders(pipe), lines, words_of(pipe, concepts))
+            options[f"{kind}pooled_prompt_embeds"] = pooled(encoders(pipe), lines, words)
     # the pipeline's rows are those of negative prompts, then positive ones; without guidance the latter alone
     both = guidance > 1
     rows = torch.cat(present) if both else present[1]
     texts = {back: torch.cat([texts[0][back], text]) if both else text for back, text in texts[1].items()}
     height, width = size or (None, None)
-    with acting(pipe, concepts, rows, texts):
+    last = len(pipe.scheduler.alphas_cumprod) - 1
+    with acting(pipe.unet, projections(pipe.unet), concepts, rows, texts, last):
         made = pipe(
             **options, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))], output_type="pt",

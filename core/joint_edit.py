@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from .acting import AS_ENCODED, Acting, VersionedEdit, Words, always, given_back, version
+from .acting import AS_ENCODED, Acting, VersionedEdit, Words, given_back, places, version
 from .concept import BASES, Concept
 from .key_lock import Edit, cosines, joint, overlap, unit
 
@@ -46,8 +46,8 @@ def check_fit(concept: Concept, base: str, widths: dict[str, int], encoders: Col
 class JointEdit:
     """The edit of concepts (one or more) for the rows of `present` (b, j), on its device; see `key_lock.Edit`.
 
-    `acts` tells who acts at the time, all unless given. `texts` are the versions (b, n, d) of the prompts in whose rows
-    the words `known` may stand, by the words given back; see acting.py.
+    `on` are the words of those that act, all unless given. `texts` are the versions (b, n, d) of the prompts in whose
+    rows the words `known` may stand, by the words given back; see acting.py.
     """
 
     def __init__(self, concepts: tuple[Concept, ...]):
@@ -61,7 +61,8 @@ class JointEdit:
         if closest > 0.99:
             logging.warning("Perfusion: two of the concepts are nearly the same to the text encoder "
                             f"(cosine {closest:.4f}); expect them to mix.")
-        self.concepts = concepts
+        self.acting = {c.word: c.acting for c in concepts}
+        self.shares = places(self.acting)
         self.fields = stack | {
             "bias": torch.tensor([c.gate_bias for c in concepts]),
             "temperature": torch.tensor([c.temperature for c in concepts]),
@@ -72,19 +73,27 @@ class JointEdit:
         self.on = {}  # device -> fields
 
     def __call__(self, present: Tensor, known: Collection[str] = (), texts: Mapping[Words, Tensor] = {},
-                 acts: Callable[[Acting], bool] = always) -> Edit | VersionedEdit:
-        on = [acts(c.acting) for c in self.concepts]
+                 on: Words | None = None) -> Edit | VersionedEdit:
+        on = Words(self.acting) if on is None else on
         edit = self._edit(present, on)
-        keys, values = given_back({c.word: c.acting for c in self.concepts if c.word in known}, acts)
+        keys, values = given_back({word: a for word, a in self.acting.items() if word in known}, on)
         if not keys:
             return edit
         read = {words: version(texts, words).to(present.device) for words in (keys, values, AS_ENCODED)}
-        local = [c.acting.lock == "local" and now for c, now in zip(self.concepts, on)]
+        local = Words(word for word in on if self.acting[word].lock == "local")
         return VersionedEdit(edit, self._edit(present, local), read[AS_ENCODED], read[keys], read[values])
 
-    def _edit(self, present: Tensor, on: list[bool]) -> Edit:
+    def where(self, acts: Callable[[Acting], bool]) -> dict[Words, Tensor]:
+        """The share (1, h, w) that each pixel has of every set of words that act, while those do whom `acts` names."""
+        now, found = Words(word for word, a in self.acting.items() if acts(a)), {}
+        for away, share in self.shares.items():
+            found[now - away] = found.get(now - away, 0) + share
+        return found
+
+    def _edit(self, present: Tensor, on: Words) -> Edit:
         device = present.device
-        present = present if all(on) else present * present.new_tensor(on)
+        if len(on) < len(self.acting):
+            present = present * present.new_tensor([word in on for word in self.acting])
         if device not in self.on:
             self.on[device] = {name: f.to(device) if torch.is_tensor(f) else {n: o.to(device) for n, o in f.items()}
                                for name, f in self.fields.items()}

@@ -84,6 +84,9 @@ class GateStrength(io.ComfyNode):
                 io.Combo.Input("lock", options=["local", "global"], default="local", optional=True, **advanced,
                                tooltip="local: the concept's own word attends as its superclass word does. global: the "
                                        "whole prompt does, for richer scenes; it bears a higher strength."),
+                io.Mask.Input("region", optional=True,
+                              tooltip="Where in the picture the concept may act, stretched over it. Elsewhere its word "
+                                      "is the superclass word. A step takes longer with it."),
             ],
             outputs=[Concept.Output(display_name="concept", tooltip="The same concept at this strength.")],
             **known(io.Schema, has_intermediate_output=True),  # told again by runs that find it done
@@ -91,9 +94,10 @@ class GateStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, strength, bias_mode, bias, temperature, start_percent=0.0, end_percent=1.0,
-                lock="local") -> io.NodeOutput:
+                lock="local", region=None) -> io.NodeOutput:
         concept = concept.at(strength) if bias_mode == "slider" else concept.raw(bias, temperature)
-        concept = concept.replace(acting=Acting(start_percent, end_percent, lock))
+        region = region if region is None else region.reshape(-1, *region.shape[-2:])
+        concept = concept.replace(acting=Acting(start_percent, end_percent, lock, region))
         return io.NodeOutput(concept, ui={"perfusion_gate": (gate(concept),)})
 
 

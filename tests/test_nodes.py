@@ -18,7 +18,7 @@ PROMISED = {
                          "mask captions concept preview_every",
     "PerfusionSaveConcept": "concept name cover",
     "PerfusionLoadConcept": "concept_name embedded sha256",
-    "PerfusionGateStrength": "concept strength bias_mode bias temperature start_percent end_percent lock",
+    "PerfusionGateStrength": "concept strength bias_mode bias temperature start_percent end_percent lock region",
     "PerfusionApplyConcept": "model clip concept edit_negative",
     "PerfusionDemoModel": "",
     "PerfusionLoadDomain": "domain_name",
@@ -231,6 +231,20 @@ def test_the_slider_runs_linearly_over_the_published_range_and_raw_bias_is_exact
     raw = gate(concept, 0.0, "raw", 0.62, 0.08).result[0]
     assert (raw.gate_bias, raw.temperature, raw.off) == (0.62, 0.08, False)
     assert concept.strength == 0.5 and concept.bias is None
+
+
+def test_gate_strength_says_when_and_where_and_the_file_does_not(pack, concept):
+    import torch
+
+    from perfusion.core.concept import dump
+
+    gate = pack["PerfusionGateStrength"].execute
+    old = gate(concept, 0.7, "slider", 0.7, 0.1).result[0]  # as a prompt from before these inputs has it
+    assert (old.acting.start, old.acting.end, old.acting.lock, old.acting.region) == (0, 1, "local", None)
+    new = gate(concept, 0.7, "slider", 0.7, 0.1, 0.2, 0.8, "global", torch.ones(8, 6)).result[0]
+    assert (new.acting.start, new.acting.end, new.acting.lock) == (0.2, 0.8, "global")
+    assert new.acting.region.shape == (1, 8, 6)
+    assert dump(new) == dump(old)
 
 
 def test_a_cover_is_small_and_stays_out_of_the_way(pack, concept):

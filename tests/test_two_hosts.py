@@ -26,6 +26,7 @@ from perfusion.core import apply as applying
 from perfusion.core import demo_comfy, host_comfy, weight_offset
 from perfusion.core import host_diffusers as hd
 from perfusion.core.acting import Acting
+from perfusion.core.acting_diffusers import acting, texts_of
 from perfusion.core.concept import dump, parse
 from perfusion.core.covariance import PACKAGED
 from perfusion.core.joint_edit import JointEdit
@@ -272,8 +273,8 @@ def predictions(w, concepts, sigma=2.5):
     context, present = hd.encode_prompts(w.pipe, prompts, concepts)
     words = hd.words_of(w.pipe, concepts)
     more = hd.added(hd.pooled(hd.encoders(w.pipe), prompts, words), 64, 64) if w.kind == "sdxl" else {}
-    texts = hd.texts_of(w.pipe, prompts, concepts, context)
-    with torch.no_grad(), hd.acting(w.pipe, concepts, present, texts):
+    texts = texts_of(hd.encoders(w.pipe), prompts, concepts, words, context)
+    with torch.no_grad(), acting(w.pipe.unet, hd.projections(w.pipe.unet), concepts, present, texts, 999):
         found = w.pipe.unet(x / (1 + sigma**2) ** 0.5, sampling.timestep(torch.tensor(sigma)), context,
                             added_cond_kwargs=more).sample
     if w.pipe.scheduler.config.prediction_type == "epsilon":
@@ -297,15 +298,15 @@ def test_the_predictions_agree(pair, kind, how):
 
 
 @every_kind
-@pytest.mark.parametrize("sigma, acting", [(0.5, (False, True)), (2.5, (True, True)), (9.0, (True, False))])
-def test_the_predictions_agree_where_concepts_act_for_a_part_of_the_sampling(pair, kind, sigma, acting):
+@pytest.mark.parametrize("sigma, act", [(0.5, (False, True)), (2.5, (True, True)), (9.0, (True, False))])
+def test_the_predictions_agree_where_concepts_act_for_a_part_of_the_sampling(pair, kind, sigma, act):
     w = pair(kind)
     mimi, rex = (c.replace(acting=Acting(*times)) for c, times in zip(w.concepts, ((0.0, 0.7), (0.3, 1.0))))
     with torch.inference_mode():
         here, there = predictions(w, (mimi, rex), sigma)
-        if not all(acting):
-            act = [c if on else c.at(0) for c, on in zip(w.concepts, acting)]
-            torch.testing.assert_close(here, predictions(w, act, sigma)[0], atol=1e-5, rtol=1e-5)
+        if not all(act):
+            on = [c if acts else c.at(0) for c, acts in zip(w.concepts, act)]
+            torch.testing.assert_close(here, predictions(w, on, sigma)[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
 
 
@@ -328,7 +329,8 @@ def test_a_global_locks_keys_are_those_of_the_superclass_prompt_to_the_bit(pair,
     mimi = w.concepts[0].replace(acting=Acting(lock="global"))
     context, present = hd.encode_prompts(w.pipe, [f"a red {MIMI} in the snow"], [mimi])
     plain, _ = hd.encode_prompts(w.pipe, [f"a red {w.cat} in the snow"])
-    edit = JointEdit((mimi,))(present, [MIMI], hd.texts_of(w.pipe, [f"a red {MIMI} in the snow"], [mimi], context))
+    texts = texts_of(hd.encoders(w.pipe), [f"a red {MIMI} in the snow"], [mimi], hd.words_of(w.pipe, [mimi]), context)
+    edit = JointEdit((mimi,))(present, [MIMI], texts)
     layers = hd.projections(w.pipe.unet)
     keys = {name: module for name, module in layers.items() if name.endswith("to_k")}
     with torch.no_grad():
@@ -336,6 +338,21 @@ def test_a_global_locks_keys_are_those_of_the_superclass_prompt_to_the_bit(pair,
         with edited(layers, edit):
             assert all(torch.equal(module(context), e) for module, e in zip(keys.values(), expected))
     assert torch.equal(edit(context)[1], JointEdit(w.concepts[:1])(present)(context)[1])  # values read what they did
+
+
+@every_kind
+@pytest.mark.parametrize("locks", [("local", "local"), ("local", "global")])
+def test_the_predictions_agree_where_concepts_act_in_regions(pair, kind, locks):
+    w, left, soft = pair(kind), torch.zeros(1, 16, 16), torch.linspace(0, 1, 64).expand(1, 32, 64)
+    left[..., :9] = 1  # these overlap, so that there are four sets
+    concepts = [c.replace(acting=Acting(lock=lock, region=region))
+                for c, lock, region in zip(w.concepts, locks, (left, soft))]
+    with torch.inference_mode():
+        here, there = predictions(w, concepts)
+        everywhere, _ = predictions(w, w.concepts)
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    assert (here - everywhere).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
+    assert torch.equal(here[1], everywhere[1]) and torch.equal(here[3], everywhere[3])
 
 
 @every_kind
