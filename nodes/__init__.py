@@ -10,12 +10,13 @@ from .doctor import ConceptDoctor
 from .domain import EncodeConcept, LoadDomain, TrainDomain
 from .folders import register
 from .learn import QuickTune
+from .sweep import GateSweep
 
 
 class PerfusionExtension(ComfyExtension):
     async def get_node_list(self):
         return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel, LoadDomain, EncodeConcept,
-                TrainDomain, ConceptDoctor]
+                TrainDomain, GateSweep, ConceptDoctor]
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

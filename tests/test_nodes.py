@@ -24,6 +24,7 @@ PROMISED = {
     "PerfusionLoadDomain": "domain_name",
     "PerfusionEncodeConcept": "domain model clip vae clip_vision image superclass word mask",
     "PerfusionTrainDomain": "model clip vae clip_vision images superclass name steps seed resolution batch",
+    "PerfusionGateSweep": "model clip concept strengths concept_b strengths_b",
     "PerfusionConceptDoctor": "model clip concept domain",
 }
 OUTPUTS = {
@@ -36,6 +37,7 @@ OUTPUTS = {
     "PerfusionLoadDomain": ["PERFUSION_DOMAIN"],
     "PerfusionEncodeConcept": ["PERFUSION_CONCEPT"],
     "PerfusionTrainDomain": ["PERFUSION_DOMAIN"],
+    "PerfusionGateSweep": ["MODEL", "CLIP", "STRING"],
     "PerfusionConceptDoctor": ["STRING"],
 }
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

@@ -101,6 +101,27 @@ def test_strength_zero_makes_the_picture_of_the_superclass_word(server):
     assert saved_picture(server, off) == saved_picture(server, base)
 
 
+def test_a_sweep_runs_the_sampler_once_for_each_strength_and_the_hosts_grid_takes_the_pictures(server):
+    import numpy as np
+    from PIL import Image
+
+    one = {strength: saved_picture(server, server.run(graph(strength=strength))[1]) for strength in (0.8, 0)}
+    many = {name: n for name, n in graph().items() if name not in ("4", "5")}
+    many["6"] = node("PerfusionGateSweep", model=["1", 0], clip=["1", 1], concept=["3", 0], strengths=".8, 0")
+    many["13"] = node("PreviewAny", source=["6", 2])
+    if "ImageGrid" in server.call("/object_info"):  # since the end of 2025
+        many["14"] = node("ImageGrid", images=["11", 0], columns=2, cell_width=64, cell_height=64, padding=0)
+        many["15"] = node("SaveImage", images=["14", 0], filename_prefix="grid")
+    status, outputs, errors = server.run(many)
+    assert status == "success", errors
+    pictures = [Image.open(server.base / "output" / p["filename"]).convert("RGB") for p in outputs["12"]["images"]]
+    assert [p.tobytes() for p in pictures] == list(one.values())
+    assert outputs["13"]["text"] == ["<mimi> .8", "<mimi> 0"]
+    if "14" in many:
+        grid = Image.open(server.base / "output" / outputs["15"]["images"][0]["filename"]).convert("RGB")
+        assert np.array_equal(np.asarray(grid), np.concatenate([np.asarray(p) for p in pictures], axis=1))
+
+
 def test_a_tune_is_found_on_disk_after_the_host_has_forgotten_it(server):
     def kept():
         return {path: path.stat().st_mtime_ns for path in (server.base / "models/perfusion/cache").iterdir()}
