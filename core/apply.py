@@ -5,6 +5,8 @@ touches the shared module, so whatever else the graph does to the model composes
 it was. Applying twice makes one wrapper of both lists: the projection is joint, so their order does not matter.
 """
 
+from contextlib import nullcontext
+
 import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -14,6 +16,7 @@ from .joint_edit import JointEdit, check_fit
 from .key_lock import edited, unit
 from .prompt import PRESENT, TEXTS, VERSIONS, WORDS, Token, superclass_ids, tokenizers, with_word
 from .region import Blend, blended
+from .where import RUN
 
 KEY = "perfusion"
 FAMILIES = {"SD15": "sd1", "SD20": "sd2", "SDXL": "sdxl"}  # the host's classes; fine-tunes and inpainting derive
@@ -86,11 +89,11 @@ class ConceptWrapper:
         where = self.edit.where(window(model.model_sampling, t[0].item()) if self.timed else lambda acting: True)
         edits = [self.edit(present, words, texts, on) for on in where]
         found = projections(model.diffusion_model)
-        if len(edits) == 1:
-            swap = edited(found, *edits)
-        else:
-            swap = blended(layers(model.diffusion_model), found, edits, Blend(where.values(), x.shape[-2:]))
-        with swap:
+        attention, run = layers(model.diffusion_model), transformer_options.get(RUN)
+        blend = Blend(where.values(), x.shape[-2:])
+        swap = edited(found, *edits) if len(edits) == 1 else blended(attention, found, edits, blend)
+        with (swap as of, run.listening(x, transformer_options["uuids"], attention, self.concepts, present, of, blend)
+              if run else nullcontext()):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 

@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 
 
+def word_rows(chunks, tokenizer) -> Tensor:
+    """Which rows (n) of an encoding are of the prompt's words: none of the start, the end and the padding."""
+    return torch.tensor([tokenizer.tokens_start <= k < _end(chunk, tokenizer)
+                         for chunk in chunks for k in range(len(chunk))])
+
+
+def _end(chunk, tokenizer) -> int:
+    ends = (k for k, (t, _) in enumerate(chunk) if not torch.is_tensor(t) and t == tokenizer.end_token)
+    return next(ends, len(chunk))
+
+
 def similarities(chunks, encoded: Tensor, direction: Tensor, words: dict[str, Tensor], tokenizer) -> list:
     """[(word, similarity), …] of a prompt in its order; the rest of it last, as ("", similarity).
 
@@ -21,9 +32,7 @@ def similarities(chunks, encoded: Tensor, direction: Tensor, words: dict[str, Te
     ends = any(text.endswith("</w>") for text in texts.values())  # a vocabulary of whole words marks no ends
     found, rest, row = [], [], 0
     for chunk in chunks:
-        said = [t for t, _ in chunk]
-        last = next((k for k, t in enumerate(said) if not torch.is_tensor(t) and t == tokenizer.end_token), len(said))
-        begun = False
+        said, last, begun = [t for t, _ in chunk], _end(chunk, tokenizer), False
         for k in range(tokenizer.tokens_start, last):
             t = said[k]
             text = names.get(id(t), "embedding") + "</w>" if torch.is_tensor(t) else texts[t]

@@ -19,10 +19,11 @@ from comfy.sd1_clip import SDTokenizer
 from torch import Tensor
 
 from .acting import Acting, Words, versions
-from .gate_reading import similarities
+from .gate_reading import similarities, word_rows
 
 # Names in the conditioning, and the wrapper's keyword arguments.
 WORDS, PRESENT, VERSIONS, TEXTS = "perfusion_words", "perfusion_gate", "perfusion_versions", "perfusion_texts"
+SAID = "perfusion_said"  # in the conditioning: its rows of words, and {concept's word: (what its gate sees, weight)}
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,27 @@ class WordEncoder:
         answers = {Words(): (cond, pooled)}  # by which of the said words are given back to their superclass
         for words in {said, *(version & said for version in self.versions)} - {Words()}:
             answers[words] = self.plain(self._given_back(tokens, words))
-        self._tell(tokens, cond, weights)
         present = torch.tensor([[weights.get(word, 0.0) for word in self.marked]])
         conds = {WORDS: CONDConstant(self.marked), PRESENT: CONDRegular(present)}
         if len(self.versions) > 1:
             texts = torch.cat([answers[version & said][0] for version in self.versions], -1)
             conds |= {VERSIONS: CONDConstant(self.versions), TEXTS: CONDCrossAttn(texts)}
-        return cond, answers[said][1], {**(extra[0] if extra else {}), "model_conds": conds}
+        return cond, answers[said][1], {**(extra[0] if extra else {}), "model_conds": conds,
+                                            SAID: self._said(tokens, cond, weights)}
 
-    def _tell(self, tokens, cond, weights):
+    def _said(self, tokens, cond, weights):
         key, chunks = next(iter(tokens.items()))  # SDXL's two encoders have the same words in the same rows
         name = f"clip_{key}"
         vectors = {word: token.vector[name] for word, token in self.words.items() if token.vector}
+        said = {}
         for word, token in self.words.items():
-            if token.heard and token.vector:
+            if token.vector and token.direction is not None and (token.heard or word in weights):
                 seen = similarities(chunks, cond[0], token.direction, vectors, self.tokenizers[name])
-                token.heard(seen, weights.get(word, 0.0))
+                if token.heard:
+                    token.heard(seen, weights.get(word, 0.0))
+                if word in weights:
+                    said[word] = seen, weights[word]
+        return word_rows(chunks, self.tokenizers[name]), said
 
     def _word(self, key, t):
         return next((word for word in self.marked if t is self.words[word].vector.get(f"clip_{key}")), None)

@@ -75,7 +75,7 @@ def blended(layers: Iterable[nn.Module], projections: Mapping[str, nn.Module], e
     """While open, cross-attention `layers` answer with the blend of the edits (p).
 
     From to_q to to_out a row is p rows side by side, so whatever computes the attention between them, another extension
-    too, sees a batch of rows in their order, and is called once.
+    too, sees a batch of rows in their order, and is called once. Yields what `edited` does.
     """
 
     def query(plain):
@@ -85,5 +85,5 @@ def blended(layers: Iterable[nn.Module], projections: Mapping[str, nn.Module], e
         return lambda x: plain(blend(x.unflatten(0, (-1, len(edits)))))
 
     pairs = [pair for layer in layers for pair in ((layer.to_q, query), (layer.to_out[0], out))]
-    with edited(projections, Side(edits)), swapped(pairs):
-        yield
+    with edited(projections, Side(edits)) as of, swapped(pairs):
+        yield of

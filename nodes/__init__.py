@@ -11,12 +11,13 @@ from .domain import EncodeConcept, LoadDomain, TrainDomain
 from .folders import register
 from .learn import QuickTune
 from .sweep import GateSweep
+from .where import TraceConcepts, WhereItActed
 
 
 class PerfusionExtension(ComfyExtension):
     async def get_node_list(self):
         return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel, LoadDomain, EncodeConcept,
-                TrainDomain, GateSweep, ConceptDoctor]
+                TrainDomain, GateSweep, TraceConcepts, WhereItActed, ConceptDoctor]
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

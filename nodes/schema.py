@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 Concept = io.Custom("PERFUSION_CONCEPT")
 Domain = io.Custom("PERFUSION_DOMAIN")
+Trace = io.Custom("PERFUSION_TRACE")
 CATEGORY = "perfusion"
 
 

@@ -25,6 +25,8 @@ PROMISED = {
     "PerfusionEncodeConcept": "domain model clip vae clip_vision image superclass word mask",
     "PerfusionTrainDomain": "model clip vae clip_vision images superclass name steps seed resolution batch",
     "PerfusionGateSweep": "model clip concept strengths concept_b strengths_b",
+    "PerfusionTrace": "model",
+    "PerfusionWhere": "trace samples image",
     "PerfusionConceptDoctor": "model clip concept domain",
 }
 OUTPUTS = {
@@ -38,6 +40,8 @@ OUTPUTS = {
     "PerfusionEncodeConcept": ["PERFUSION_CONCEPT"],
     "PerfusionTrainDomain": ["PERFUSION_DOMAIN"],
     "PerfusionGateSweep": ["MODEL", "CLIP", "STRING"],
+    "PerfusionTrace": ["MODEL", "PERFUSION_TRACE"],
+    "PerfusionWhere": ["IMAGE"],
     "PerfusionConceptDoctor": ["STRING"],
 }
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

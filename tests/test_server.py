@@ -122,6 +122,28 @@ def test_a_sweep_runs_the_sampler_once_for_each_strength_and_the_hosts_grid_take
         assert np.array_equal(np.asarray(grid), np.concatenate([np.asarray(p) for p in pictures], axis=1))
 
 
+def test_a_map_belongs_to_its_picture_also_where_the_host_has_the_picture_already(server):
+    from PIL import Image
+
+    def drawn(seed, shown=True, prefix="map"):
+        boxes = {name: n for name, n in graph().items() if name != "4"}
+        boxes["10"] = node("KSampler", **{**boxes["10"]["inputs"], "model": ["13", 0], "seed": seed})
+        boxes["13"] = node("PerfusionTrace", model=["6", 0])
+        if shown:
+            boxes["14"] = node("PerfusionWhere", trace=["13", 1], samples=["10", 0], image=["11", 0])
+            boxes["15"] = node("SaveImage", images=["14", 0], filename_prefix=prefix)
+        status, outputs, errors = server.run(boxes)
+        assert status == "success", errors
+        if shown:
+            return Image.open(server.base / "output" / outputs["15"]["images"][0]["filename"]).tobytes()
+        return saved_picture(server, outputs)
+
+    assert drawn(7, shown=False) == saved_picture(server, server.run(graph())[1])
+    first = drawn(7)  # the sampler does not run again
+    assert drawn(8) != first
+    assert drawn(7, prefix="again") == first
+
+
 def test_a_tune_is_found_on_disk_after_the_host_has_forgotten_it(server):
     def kept():
         return {path: path.stat().st_mtime_ns for path in (server.base / "models/perfusion/cache").iterdir()}
