@@ -2,8 +2,9 @@
 
 The file holds what applying needs and nothing more: fp16 tensors by name (`embedding.<encoder>`, `target_input`,
 `key_input`, `direction`, `target_output.<projection>`, values only) and string metadata. SD1.5: about 35 KB.
-It is only ever parsed as safetensors. When and where a concept acts is not in it: that belongs to one picture, while
-strength, which is in it, says how well the concept was learnt.
+Its second format has the value outputs in int8 (int8.py): a reader of the first alone would take them for what they are
+not, and refuses it by its name. A file is only ever parsed as safetensors. When and where a concept acts is not in it:
+that belongs to one picture, while strength, which is in it, says how well the concept was learnt.
 """
 
 import base64
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from .acting import Acting
 from .file import pack, unpacked, write
+from .int8 import kind, narrowed, widened
 from .key_lock import TEMPERATURE, bias_of
 
 FORMAT = "perfusion-concept/1"
+FORMATS = {FORMAT: "fp16", "perfusion-concept/2": "int8"}  # how precise the value outputs are
 BASES = {"sd1": "SD1.5", "sd2": "SD2.x", "sdxl": "SDXL", "creature": "the creature demo"}
 LARGEST = 16 * 2**20  # bytes; SDXL with a cover is far below
 LARGEST_EMBEDDED = 2**20  # characters; SDXL has 251,000, and every picture holds them twice
@@ -49,6 +52,7 @@ class Concept:
     domain: str = ""
     training: dict = field(default_factory=dict)
     cover: str = ""  # base64 of a JPEG
+    precision: str = "fp16"  # of the value outputs in its file, or int8
     acting: Acting = Acting()  # of the graph, not of the file
 
     @property
@@ -95,7 +99,7 @@ def dump(concept: Concept) -> bytes:
     tensors |= {name: getattr(concept, name) for name in ("target_input", "key_input", "direction")}
     tensors |= {f"target_output.{name}": o for name, o in concept.target_output.items()}
     metadata = {
-        "format": FORMAT,
+        "format": next(name for name, precision in FORMATS.items() if precision == concept.precision),
         "gate": json.dumps({"bias": concept.bias, "temperature": concept.temperature}),
         "training": json.dumps(concept.training, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.0",
@@ -117,16 +121,16 @@ def dump(concept: Concept) -> bytes:
                 f"'{name}' of {concept.word} holds values that its file cannot (NaN, infinite or beyond 65504): "
                 "learning diverged. Nothing was saved; tune the concept again with fewer steps or another seed."
             )
-    return pack(tensors, metadata)
+    return pack(tensors if concept.precision == "fp16" else narrowed(tensors), metadata)
 
 
 def parse(data: bytes, name: str) -> Concept:
     """The concept that a file's bytes hold; `name` is for messages. Raises ValueError with a sentence."""
     again = "Load another file, or tune the concept again."
     tensors, metadata = unpacked(data, name, again)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in FORMATS:
         raise ValueError(
-            f"'{name}' is not a concept of this pack: its format should be {FORMAT}, it is "
+            f"'{name}' is not a concept of this pack: its format should be {' or '.join(FORMATS)}, it is "
             f"{metadata.get('format', 'not given')}. Files of other Perfusion programs go through "
             "`python -m headless convert` first."
         )
@@ -136,6 +140,7 @@ def parse(data: bytes, name: str) -> Concept:
         facts |= {key: float(metadata[key]) for key in ("strength", "energy")}
         facts |= {"base": metadata["base"], "word": check_word(metadata["word"]), "cover": "".join(cover[:1])}
         facts |= {"training": dict(json.loads(metadata["training"])), "temperature": float(gate["temperature"])}
+        facts["precision"] = FORMATS[metadata["format"]]
         facts["bias"] = None if gate["bias"] is None else float(gate["bias"])
         numbers = facts["strength"], facts["energy"], facts["temperature"], facts["bias"] or 0.0
         in_range = 0 <= facts["strength"] <= 1 and facts["energy"] > 0 and facts["temperature"] > 0
@@ -148,12 +153,17 @@ def parse(data: bytes, name: str) -> Concept:
 
 
 def _assemble(tensors: dict[str, Tensor], facts: dict, name: str, again: str) -> Concept:
+    if facts["precision"] == "int8":
+        tensors = widened(tensors, name, again)
     unknown = [key for key in tensors if not TENSOR.fullmatch(key)]
     kinds = {key.partition(".")[0] for key in tensors}
     missing = {"embedding", "target_input", "key_input", "direction", "target_output"} - kinds
     if unknown or missing:
         raise ValueError(f"'{name}' lacks {sorted(missing) or 'nothing'} and holds unknown {unknown or 'nothing'}. "
                          f"{again}")
+    for key, t in tensors.items():
+        if not t.is_floating_point():
+            raise ValueError(f"'{key}' in '{name}' is {kind(t)}, fp16 was expected. {again}")
     tensors = {key: t.float() for key, t in tensors.items()}
     for key, t in tensors.items():
         if t.ndim != 1:

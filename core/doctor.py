@@ -102,8 +102,8 @@ def of_concept(concept: Concept) -> Iterable[str]:
         yield f"{dial}, temperature {concept.temperature:g}: at its own encoding the gate opens to {opens:.0%}"
         if opens < 0.5:
             yield f"{WRONG}The gate is mostly shut. Lower the bias in Gate Strength, or set its mode to slider."
-    yield (f"{len(concept.target_output)} value outputs, a text width of {len(concept.target_input)}, word embeddings "
-           f"for {', '.join(sorted(concept.embedding))}")
+    yield (f"{len(concept.target_output)} value outputs in {concept.precision}, a text width of "
+           f"{len(concept.target_input)}, word embeddings for {', '.join(sorted(concept.embedding))}")
     tensors = {name: getattr(concept, name) for name in ("target_input", "key_input", "direction")}
     tensors |= {f"target_output.{name}": o for name, o in concept.target_output.items()}
     tensors |= {f"embedding.{name}": v for name, v in concept.embedding.items()}

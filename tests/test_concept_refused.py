@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 
 from perfusion.core.concept import FORMAT, LARGEST, dump, load, parse, save, write
+from perfusion.core.int8 import SCALES
 
-from concepts import NAMES, learnt, metadata_of
+from concepts import NAMES, OUTPUT, learnt, metadata_of
 
 
 def remade(tensors=None, without=(), metadata=None, lacking=(), concept=None) -> bytes:
@@ -114,9 +115,31 @@ def test_a_lora_is_refused_as_no_concept(metadata):
     refused(safetensors.torch.save(lora, metadata), f"should be {FORMAT}", "it is not given")
 
 
-@pytest.mark.parametrize("version", ["perfusion-concept/2", "perfusion-domain/1", ""])
+@pytest.mark.parametrize("version", ["perfusion-concept/3", "perfusion-domain/1", ""])
 def test_another_format_version_is_refused_by_name(version):
-    refused(remade(metadata={"format": version}), f"should be {FORMAT}, it is {version}")
+    refused(remade(metadata={"format": version}), f"should be {FORMAT} or perfusion-concept/2, it is {version}")
+
+
+def test_int8_without_its_format_is_no_concept():
+    refused(remade({OUTPUT: torch.ones(24, dtype=torch.int8)}), f"'{OUTPUT}'", "is int8, fp16 was expected")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(without=[SCALES]), ["has value outputs in int8 and lacks", SCALES]),
+    (dict(tensors={SCALES: torch.ones(2)}), [SCALES, "shape (2,), one scale for each of 1 value outputs"]),
+    (dict(tensors={SCALES: torch.ones(1, 1)}), [SCALES, "shape (1, 1)"]),
+    (dict(tensors={SCALES: torch.zeros(1)}), [SCALES, "no scales"]),
+    (dict(tensors={SCALES: torch.tensor([float("nan")])}), [SCALES, "no scales"]),
+    (dict(tensors={OUTPUT: torch.ones(24).half()}), [f"'{OUTPUT}'", "is float16, int8 was expected"]),
+    (dict(tensors={OUTPUT: torch.ones(2, 12, dtype=torch.int8)}), [f"'{OUTPUT}'", "shape (2, 12), a vector"]),
+    (dict(tensors={"direction": torch.ones(16, dtype=torch.int8)}), ["'direction'", "is int8, fp16 was expected"]),
+    (dict(without=[OUTPUT]), [SCALES, "of 0 value outputs"]),
+    (dict(tensors={"lora": torch.ones(3)}), ["holds unknown", "'lora'"]),
+    (dict(without=["key_input"]), ["lacks", "'key_input'"]),
+    (dict(metadata={"format": FORMAT}), ["holds unknown", SCALES]),
+])
+def test_a_damaged_int8_file_gets_a_sentence(change, words):
+    refused(remade(concept=learnt(precision="int8"), **change), *words)
 
 
 @pytest.mark.parametrize("name", ["target_input", "key_input", "direction"])

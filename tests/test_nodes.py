@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PROMISED = {
     "PerfusionQuickTune": "model clip vae image superclass word steps seed resolution batch mirror "
                          "mask captions concept preview_every",
-    "PerfusionSaveConcept": "concept name cover",
+    "PerfusionSaveConcept": "concept name cover precision",
     "PerfusionLoadConcept": "concept_name embedded sha256",
     "PerfusionGateStrength": "concept strength bias_mode bias temperature start_percent end_percent lock region",
     "PerfusionApplyConcept": "model clip concept edit_negative",
