@@ -3,6 +3,8 @@
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from torch._dynamo.utils import counters
 
 from perfusion.core.acting import Acting
 from perfusion.core.prompt import PRESENT, WORDS
@@ -186,6 +188,19 @@ def test_a_region_is_that_of_every_picture_of_a_batch(world):
     model, clip = apply(w, within(w.cat, LEFT))
     words = encode(clip, "a <mimi>"), encode(clip, "")
     assert near(sample(model, *words, batch=2)[:1], sample(model, *words))
+
+
+def test_a_compiled_model_is_edited_in_a_region_in_one_graph(world):
+    w = world()
+    torch._dynamo.reset()
+    counters.clear()
+    eager, clip = apply(w, within(w.cat, LEFT, lock="global"))
+    words, compiled = (encode(clip, "a <mimi>"), encode(clip, "")), w.model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", keys=["diffusion_model"])
+    for _ in range(2):
+        picture = sample(apply(w, within(w.cat, LEFT, lock="global"), model=compiled)[0], *words)
+        assert near(picture, sample(eager, *words))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_several_masks_at_once_get_a_sentence():
