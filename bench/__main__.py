@@ -23,6 +23,7 @@ COMMANDS = {
     "creatures": "personalise held-out creatures, or a share of them",
     "table": "draw the table and the picture of the results",
     "sign": "draw the icon and the banner for the Comfy registry",
+    "workflows": "run the example workflows for their pictures in the list of templates, and freeze the new ones",
 }
 
 
