@@ -76,9 +76,10 @@ def as_prompt(workflow, info):
             if name in linked:
                 given[name] = linked.pop(name)
             elif widget and not options.get("forceInput"):
-                given[name] = next(values, options.get("default"))  # what was saved before a widget was added has less
+                choices = of if isinstance(of, list) else options.get("options")
+                given[name] = next(values, options.get("default", (choices or [None])[0]))  # the default, if it is new
                 if options.get("control_after_generate") or box["type"] == "KSampler" and name == "seed":
-                    next(values)
+                    next(values, None)
         assert not linked, f"{box['type']} has no {linked}"
         assert list(values) in ([], ["image"]), f"{box['type']} has more widgets than inputs"  # the upload button
         prompt[str(box["id"])] = {"class_type": box["type"], "inputs": given}

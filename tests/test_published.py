@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,12 @@ def test_the_archive_holds_what_an_artist_needs_and_nothing_of_the_workshop():
     files = published()
     rooms = {file.partition("/")[0] for file in files}
     assert rooms >= {"__init__.py", "nodes", "core", "headless", "demo", "web", "locales", "example_workflows",
-                     "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"}
+                     "subgraphs", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"}
     assert not rooms & {"bench", "tests", ".ci", ".github", "Makefile", "pictures"}
     assert [file for file in files if "dev" in Path(file).stem or file.startswith(".")] == []
+    workflows = [Path(file) for file in files if file.startswith("example_workflows/")]
+    assert {path.stem for path in workflows if path.suffix == ".json"} == {path.stem for path in workflows
+                                                                           if path.suffix == ".jpg"}
     assert sum((ROOT / file).stat().st_size for file in files) < 64 * 2**20
 
 
@@ -129,6 +133,14 @@ def test_pages_and_texts_of_the_archive_are_served(server, archive):
     assert scripts and scripts <= set(server.call("/extensions"))
     assert "PerfusionQuickTune" in server.call("/i18n")["zh"]["nodeDefs"]
     assert "creature_demo" in server.call("/api/workflow_templates")["perfusion-concepts"]
+
+
+def test_the_box_of_the_archive_is_in_the_hosts_list(server, archive):
+    try:
+        boxes = {entry["name"] for entry in server.call("/global_subgraphs").values()}
+    except urllib.error.HTTPError:
+        pytest.skip("this version of the host knows no boxes")
+    assert {path.stem for path in (archive / "subgraphs").iterdir()} <= boxes
 
 
 def test_the_archives_commands_need_nothing_that_is_left_out(archive, tmp_path):

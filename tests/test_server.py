@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from served import as_prompt, serving
+from served import serving
 
 pytestmark = pytest.mark.host
 HERE = Path(__file__).parent
@@ -194,16 +194,3 @@ def test_a_mistake_gets_a_sentence_on_the_node(server, change, sentence):
 
 def test_the_web_folder_is_served(server):
     assert any("perfusion" in path for path in server.call("/extensions"))
-
-
-@pytest.mark.parametrize("name", ["creature_demo", "one_picture_five_steps"])
-def test_a_workflow_of_the_pack_is_in_the_list_and_runs_on_the_demo_model(server, name):
-    assert f"{name}.json" in server.call("/userdata?dir=workflows")
-    workflow = server.call(f"/userdata/workflows%2F{name}.json")
-    graph = as_prompt(workflow, server.call("/object_info"))
-    tuning = next(box for box in graph.values() if box["class_type"] == "PerfusionQuickTune")
-    tuning["inputs"]["steps"] = 2
-    status, outputs, errors = server.run(graph)
-    assert status == "success", errors
-    shown = next(key for key, box in graph.items() if box["class_type"] == "PreviewImage")
-    assert len(outputs[shown]["images"]) == 4
