@@ -3,7 +3,8 @@
 A row is a point: method, pictures, steps, strength. Its figures are means over creatures of the means over seeds; `sd`
 is over creatures and `se` that of their mean; seconds are of CPU time, or of the clock where a GPU runs. "paired" holds
 differences on the creatures that both points had: at equal steps, and between each method's best steps, which are those
-with the highest identity + alignment on dev creatures.
+with the highest identity + alignment on dev creatures. "n, level" holds identity after n steps of both where our dial
+gives the other's mean alignment: between the two nearest strengths, or at the nearest end.
 """
 
 import argparse
@@ -76,6 +77,24 @@ def paired(a, b, of_a, of_b, steps):
             yield {"a": a, "b": b, "steps": steps, "metric": metric, "mean": mean, "se": se, "n": len(each)}
 
 
+def level(method, peer, dial, other, steps):
+    """The difference in identity between a dial, {strength: rows}, and another point, at the latter's alignment."""
+    def each(of, metric):
+        return by_creature({at: row[metric] for at, row in of.items()})
+
+    if not dial or not other:
+        return
+    at = {statistics.fmean(each(of, "alignment").values()): each(of, "identity") for of in dial.values()}
+    wanted, theirs = statistics.fmean(each(other, "alignment").values()), each(other, "identity")
+    low = max((a for a in at if a <= wanted), default=min(at))
+    high = min((a for a in at if a > wanted), default=max(at))
+    share = (wanted - low) / (high - low) if low < wanted < high else 0.0
+    lead = [(1 - share) * at[low][k] + share * at[high][k] - theirs[k] for k in at[low].keys() & theirs.keys()]
+    mean, _, se = mean_se(lead)
+    yield {"a": method, "b": peer, "steps": f"{steps}, level", "metric": "identity", "mean": mean, "se": se,
+           "n": len(lead)}
+
+
 def results():
     """What the results file holds. Raises ValueError where a method's runs are of more than one commit."""
     runs = {}
@@ -106,6 +125,12 @@ def results():
                          f"{steps}, best")]
         for method in (RICH, "quick-tune") if steps else (RICH,):
             pairs += paired("quick-tune", method, point("quick-tune", steps), point(method, 0), f"{steps}, 0")
+    for method, marks in creatures.DIALLED.items():
+        for steps in marks:
+            dial = {key[3]: of for key, of in found.items() if key[:3] == (method, 1, steps)}
+            for peer in peers:
+                pairs += level(method, peer, dial, point(peer, steps), steps)
+                pairs += level(method, peer, dial, point(peer, best.get(peer)), f"{steps}, best")
     bounds, held = {}, metrics.held_out(SUPERCLASS, seed=1)
     for name, bound in (("ceiling", metrics.ceiling), ("floor", metrics.floor)):
         scores = bound(judge.load(), SUPERCLASS, held)

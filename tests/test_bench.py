@@ -232,6 +232,18 @@ def test_errors_are_over_creatures_after_seeds_and_pairs_are_of_what_both_had():
     assert pair["mean"] == pytest.approx(0.25) and pair["se"] == pytest.approx(0.05, abs=1e-5)
 
 
+def test_at_level_alignment_a_dial_is_read_between_its_strengths():
+    def rows(**of):
+        return {(k, 0): of for k in range(3)}
+
+    dial = {0.5: rows(identity=0.3, alignment=1.0), 1.0: rows(identity=0.5, alignment=0.9)}
+    for alignment, ours in (0.95, 0.4), (0.975, 0.35), (0.8, 0.5), (1.2, 0.3):
+        other = rows(identity=0.1, alignment=alignment)
+        pair, = table.level("quick-tune", "lora", dial, other, 5)
+        assert pair["mean"] == pytest.approx(ours - 0.1) and pair["steps"] == "5, level" and pair["n"] == 3
+    assert list(table.level("quick-tune", "lora", {}, other, 5)) == []
+
+
 def test_a_domains_captions_say_the_context_and_nothing_of_who_it_is(tmp_path):
     domain.draw(tmp_path, domain.CHUNK)
     who = {words for factor in world.FACTORS["creature"] for words in factor.words}
