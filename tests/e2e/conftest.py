@@ -3,6 +3,7 @@
 import base64
 import os
 import shutil
+import time
 
 import pytest
 
@@ -89,6 +90,19 @@ def put():
     def one(page, kind, x=200, y=150):
         page.evaluate("""([kind, x, y]) => {
             const node = LiteGraph.createNode(kind); node.pos = [x, y]; app.graph.add(node) }""", [kind, x, y])
+
+    return one
+
+
+@pytest.fixture
+def ended():
+    """Waits for the end of the next run of a server after so many, and gives its entry of the history."""
+    def one(server, before):
+        for _ in range(600):
+            if len(runs := server.call("/history")) > before:
+                return list(runs.values())[-1]
+            time.sleep(0.2)
+        raise AssertionError("the run did not end")
 
     return one
 

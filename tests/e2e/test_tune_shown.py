@@ -24,30 +24,22 @@ def begin(page, server, seed):
     page.wait_for_function(f"() => ({SHOWN})() >= 512 && /Step ([6-9]|[1-9][0-9]) of/.test(({SAYS})())")
 
 
-def ended(page, server):
-    """Wait until nothing runs, and answer the newest entry of the history."""
-    page.wait_for_function("""async () => { const queue = await (await fetch("/queue")).json()
-        return !queue.queue_running.length && !queue.queue_pending.length }""")
-    page.wait_for_timeout(500)
-    return list(server.call("/history").values())[-1]
-
-
-def test_a_tune_shows_photo_before_now_and_curve_and_after_a_reload_goes_on_showing(at, server):
-    page = at(server)
+def test_a_tune_shows_photo_before_now_and_curve_and_after_a_reload_goes_on_showing(at, server, ended):
+    page, before = at(server), len(server.call("/history"))
     begin(page, server, seed=101 + page.evaluate("() => Math.floor(1e6 * Math.random())"))
     assert f"of {STEPS}" in page.evaluate(SAYS)
     page.reload()
     page.wait_for_function("() => window.app?.graph?.nodes?.length > 3")
     page.wait_for_function(f"() => ({SHOWN})() >= 512")
-    assert ended(page, server)["status"]["status_str"] == "success"
+    assert ended(server, before)["status"]["status_str"] == "success"
     page.wait_for_function(f"() => ({SHOWN})() > 0")
     page.wait_for_function(f"""() => ({SAYS})().includes("{STEPS} steps, ")""")
 
 
-def test_a_cancel_says_where_what_was_learnt_is(at, server):
-    page = at(server)
+def test_a_cancel_says_where_what_was_learnt_is(at, server, ended):
+    page, before = at(server), len(server.call("/history"))
     begin(page, server, seed=202 + page.evaluate("() => Math.floor(1e6 * Math.random())"))
     page.evaluate("() => app.api.interrupt()")
-    assert ended(page, server)["status"]["status_str"] == "error"
+    assert ended(server, before)["status"]["status_str"] == "error"
     page.wait_for_function(f"""() => ({SAYS})().includes("stopped-at-")""")
     assert "stopped-at-" in str(server.call("/object_info/PerfusionLoadConcept"))  # in its list
