@@ -57,8 +57,8 @@ class Concept:
 
     @property
     def off(self) -> bool:
-        """Strength 0: the superclass word stands for the concept, and the model is not touched."""
-        return self.bias is None and self.strength == 0
+        """Strength 0, or nothing encoded: the superclass word stands for it, and the model is not touched."""
+        return self.blank or self.bias is None and self.strength == 0
 
     @property
     def blank(self) -> bool:

@@ -197,6 +197,9 @@ def test_a_picture_of_nothing_that_the_domain_knows_is_the_plain_word_and_is_lea
     stray = encode(host, domain, seen[3:], host.latents(pictures[3:]), CREATURE, MIMI)
     assert stray.blank and stray.domain == "" and f"{STEPS} steps" in far(stray) and advised(stray) == STEPS
     torch.testing.assert_close(stray.embedding["clip_l"], host.embedding(CREATURE)["clip_l"])
+    drawn, plain = (hd.pictures(host.pipe, [f"a photo of a {word}"], concepts, steps=2) for word, concepts in (
+        (MIMI, [stray.at(1.0)]), (CREATURE, [])))
+    assert torch.equal(drawn, plain)  # at any strength
     settings = Tuning(steps=2, batch=2, resolution=64)
     plain, from_stray = (tune(host, pictures[3:], CREATURE, MIMI, settings, start=start) for start in (
         None, parse(dump(stray), "x")))
