@@ -3,8 +3,8 @@
 Figures are ratios of two things that take turns in one process: median and quartiles over the pairs. Time is CPU time
 (idle threads sleep), which other work on the machine moves far less than wall time; its ratio stands beside it.
 - Sampling: guided one-step samples of one prompt with three concepts, over those of the same model without any.
-- Five steps: of Quick Tune with its batch of four, over four pictures of 25 guided steps: a step over a one-step
-  sample of four, times 5/25.
+- Five steps: of Quick Tune with its batch of four, over four pictures of 25 guided steps, at the size that the model
+  was made for: a step over a one-step sample of four, times 5/25.
 - Step: one of Quick Tune over one of ComfyUI's Train LoRA node, both in fp32 without checkpointing; and, with no goal,
   over the node's defaults (bf16, the UNet checkpointed as a whole) and over its bypass mode in fp32.
 - Memory: peak resident memory of two such steps, each in a fresh process, beyond the loaded model (the node loads two).
@@ -42,6 +42,7 @@ from comfyui_version import __version__ as comfyui  # noqa: E402
 import checkpoints  # noqa: E402
 
 FOLDER, RESULTS = ROOT / "build" / "speed", ROOT / "bench" / "results" / "speed.json"
+OWN_SIZE = {"sd1": 512, "sd2": 512, "sd2-v": 768, "sdxl": 1024}  # pixels a side
 THINGS = {"<mimi>": "cat", "<rex>": "dog", "<ted>": "bear"}
 PROMPT = "a photo of a {} beside a {}, and a {} behind them"
 FP32 = {"training_dtype": "fp32", "lora_dtype": "fp32", "gradient_checkpointing": False}
@@ -60,9 +61,13 @@ class Bench:
         comfy.utils.set_progress_bar_enabled(False)
         path.exists() or checkpoints.save_full(kind, path)
         self.model, self.clip, self.vae = checkpoints.load(path)
-        self.size, self.picture = size, torch.rand(1, size, size, 3)
+        self.of(size)
         self.host = ComfyHost(self.model, self.clip, self.vae, "cat", FOLDER)
         self.inverse, self.covariance, _ = self.host.inverse_covariance()
+
+    def of(self, size: int):
+        """Measure at another size from now on."""
+        self.size, self.picture = size, torch.rand(1, size, size, 3)
 
     def encode(self, clip, text: str):
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
@@ -191,12 +196,14 @@ def main():
     with torch.inference_mode():
         bench = Bench(*where)
         rows += [row("sampling, three concepts / none", in_turn(*bench.samplers(3 * n + 1)), 1.01)]
-        found = in_turn(partial(bench.tune, n + 1, batch=4), bench.plain(n + 1, pictures=4))
-        rows += [row("five steps of Quick Tune / four pictures of 25 steps", [5 / 25 * ratio for ratio in found], 0.25)]
     for peer, options, goal in PEERS:
         count = n + 1 if goal else n // 2 + 2
         loops = partial(bench.tune, count), partial(bench.lora, count, options)
         rows += [row(f"time of a step, Quick Tune / Train LoRA{peer}", in_turn(*loops), goal)]
+    with torch.inference_mode():
+        bench.of(OWN_SIZE[given.kind])
+        found = in_turn(partial(bench.tune, n // 2 + 2, batch=4), bench.plain(n // 2 + 2, pictures=4))
+        rows += [row("five steps of Quick Tune / four pictures of 25 steps", [5 / 25 * ratio for ratio in found], 0.25)]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     cpu = re.findall("model name.*: (.*)", cpus.read_text()) if (cpus := Path("/proc/cpuinfo")).exists() else []
     machine = {"cpu": "".join(cpu[:1]), "cores": os.cpu_count(), "torch": torch.__version__, "comfyui": comfyui}
