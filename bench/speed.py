@@ -160,6 +160,7 @@ def start() -> tuple[float, float]:
     import comfy_config.config_parser  # noqa: F401
     import server
 
+    server.PromptServer(asyncio.new_event_loop())  # not started; it is where the pack adds its routes
     with tempfile.TemporaryDirectory() as server.folder_paths.models_dir:  # the pack makes its folders there
         begun = time.perf_counter()
         assert asyncio.run(server.nodes.load_custom_node(str(ROOT))), "the host could not load the pack"
