@@ -18,7 +18,7 @@ COMMANDS = {
     "styles": "train a domain of drawing styles, and score what it makes of one picture",
     "e4t": "train the domains that it is measured against",
     "tower": "print what the vision tower's class tokens say of a creature",
-    "all": "everything that follows: learning rates, all methods, the table",
+    "all": "learning rates, all methods, the table, `far` and `styles`",
     "quick": "a few other creatures in ten minutes",
     "creatures": "personalise held-out creatures, or a share of them",
     "table": "draw the table and the picture of the results",

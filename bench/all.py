@@ -39,4 +39,5 @@ def main():
         shared("--methods", *OURS, RICH, "--n", SCORED, "--seeds", 2, "--steps", SHORT)
         shared("--methods", *peers, "--n", SCORED // 2, "--seeds", 1, "--steps", SHORT)
         shared("--n", LONG, "--seeds", 1, "--pictures", 5, "--steps", SHORT)
-    subprocess.run([sys.executable, "-m", "bench", "table", "--again"], cwd=ROOT, check=True)
+    for last in (["table", "--again"], ["far"], ["styles"]):
+        subprocess.run([sys.executable, "-m", "bench", *last], cwd=ROOT, check=True)
