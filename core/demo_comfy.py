@@ -1,4 +1,4 @@
-"""The demo's miniature of Stable Diffusion as ComfyUI's MODEL, CLIP, VAE and CLIP_VISION.
+"""The demo's miniature of Stable Diffusion as ComfyUI's MODEL, CLIP, VAE and CLIP_VISION, and its pictures.
 
 Its files are a diffusers folder (unet, vae, text_encoder, tokenizer) with a vision tower (vision) beside them. The
 host's loaders know checkpoints by their shapes, and not this one; what they build for one they know is built here from
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import comfy.model_management as memory
 import comfy.model_patcher
+import numpy as np
 import safetensors.torch
 import torch
 from comfy.clip_vision import ClipVisionModel
@@ -21,16 +22,23 @@ from comfy.sd import CLIP, VAE
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDTokenizer
 from comfy.supported_models_base import BASE, ClipTarget
 from comfy.utils import calculate_parameters, unet_to_diffusers, weight_dtype
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 TABLE = "text_model.embeddings.token_embedding.weight"
+FIRST, ALL = "mimi", "all"  # of the pictures
 ROWS, START = 49408, 49406  # of CLIP's table, which the host's classes fix; the end token is the last
 
 
-def read(path: Path) -> dict:
-    """A .json or .safetensors file of the folder. Raises ValueError with what to do where it is absent or damaged."""
+def read(path: Path) -> dict | torch.Tensor:
+    """A .json, .safetensors or .png file of the folder, the last as (1, H, W, 3) in 0..1.
+
+    Raises ValueError with what to do where it is absent or damaged.
+    """
     try:
+        if path.suffix == ".png":
+            return torch.from_numpy(np.array(Image.open(path).convert("RGB"), dtype=np.float32) / 255)[None]
         return json.loads(path.read_bytes()) if path.suffix == ".json" else safetensors.torch.load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
@@ -149,3 +157,15 @@ def load_vision(folder: Path) -> ClipVisionModel:
 def load(folder) -> tuple:
     """(MODEL, CLIP, VAE, CLIP_VISION) of a miniature's folder. Raises ValueError where a file is absent or damaged."""
     return tuple(part(Path(folder)) for part in (load_model, load_clip, load_vae, load_vision))
+
+
+def names(folder) -> list[str]:
+    """The pictures of a miniature's folder, the one that its workflows start with first."""
+    found = (path.stem for path in Path(folder, "pictures").glob("*.png"))
+    return sorted(found, key=lambda name: (name != FIRST, name))
+
+
+def load_picture(folder, name: str) -> torch.Tensor:
+    """One of these pictures (1, H, W, 3), or "all" of them (m, H, W, 3). Raises ValueError as `read` does."""
+    wanted = names(folder) if name == ALL else [name]
+    return torch.cat([read(Path(folder, "pictures", f"{one}.png")) for one in wanted])

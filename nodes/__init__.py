@@ -5,7 +5,7 @@ from server import PromptServer
 
 from . import routes
 from .concept import ApplyConcept, GateStrength, LoadConcept, SaveConcept
-from .demo import DemoModel
+from .demo import DemoModel, DemoPicture
 from .doctor import ConceptDoctor
 from .domain import EncodeConcept, LoadDomain, TrainDomain
 from .folders import register
@@ -16,8 +16,8 @@ from .where import TraceConcepts, WhereItActed
 
 class PerfusionExtension(ComfyExtension):
     async def get_node_list(self):
-        return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel, LoadDomain, EncodeConcept,
-                TrainDomain, GateSweep, TraceConcepts, WhereItActed, ConceptDoctor]
+        return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel, DemoPicture, LoadDomain,
+                EncodeConcept, TrainDomain, GateSweep, TraceConcepts, WhereItActed, ConceptDoctor]
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

@@ -1,8 +1,8 @@
-"""The small model that comes with the pack."""
+"""The small model that comes with the pack, and pictures of its world."""
 
 from comfy_api.latest import io
 
-from ..core.demo_comfy import load
+from ..core.demo_comfy import ALL, load, load_picture, names
 from .folders import DEMO
 from .schema import CATEGORY
 
@@ -28,3 +28,22 @@ class DemoModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*load(DEMO))
+
+
+class DemoPicture(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PerfusionDemoPicture",
+            display_name="Load Demo Picture",
+            category=CATEGORY,
+            description="A picture of a creature, from the pack itself, to try the demo model with. For a picture of "
+                        "your own put Load Image in its place.",
+            inputs=[io.Combo.Input("picture", options=[*names(DEMO), ALL],
+                                   tooltip="Which creature. With all it is a batch, one of each.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture of 128 pixels, or the batch.")],
+        )
+
+    @classmethod
+    def execute(cls, picture) -> io.NodeOutput:
+        return io.NodeOutput(load_picture(DEMO, picture))

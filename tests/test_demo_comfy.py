@@ -2,10 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPVisionModel
 
 from perfusion.bench import mini_models, world
@@ -16,6 +18,7 @@ from perfusion.core.host_comfy import tower_of
 from perfusion.core.quick_tune import quick_tune
 from perfusion.core.tower import of_transformers, tokens_of
 from perfusion.core.tune import Tuning
+from perfusion.headless.learn import DEMO
 
 pytestmark = pytest.mark.host
 
@@ -195,15 +198,36 @@ def test_the_node_gives_four_things_or_says_what_is_missing(folder, monkeypatch,
         demo.DemoModel.execute()
 
 
-def test_both_hosts_encode_the_demos_picture_alike(tmp_path):
-    import numpy as np
-    from PIL import Image
+def test_a_demo_picture_is_its_file_and_all_are_a_batch_in_the_lists_order(pack):
+    node = pack["PerfusionDemoPicture"]
+    *listed, last = node.define_schema().inputs[0].options
+    assert last == "all" and listed[0] == "mimi" and len(listed) == 6 == len(list((DEMO / "pictures").iterdir()))
+    (every,) = node.execute("all").result
+    for name, picture in zip(listed, every, strict=True):
+        (image,) = node.execute(name).result
+        file = torch.from_numpy(np.array(Image.open(DEMO / "pictures" / f"{name}.png")))
+        assert image.shape == (1, 128, 128, 3) and image.dtype == torch.float32
+        assert torch.equal(image[0], file / 255) and torch.equal(picture, image[0])
 
+
+def test_a_demo_picture_that_is_missing_or_damaged_is_named(tmp_path):
+    path = tmp_path / "pictures" / "mimi.png"
+    path.parent.mkdir()
+    data = (DEMO / "pictures" / "mimi.png").read_bytes()
+    for part in data[: len(data) // 2], data[:20], b"version https://git-lfs.github.com/spec/v1":
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match="mimi.png is damaged. Restore"):
+            demo_comfy.load_picture(tmp_path, "mimi")
+    path.unlink()
+    with pytest.raises(ValueError, match="mimi.png is missing. Restore"):
+        demo_comfy.load_picture(tmp_path, "mimi")
+
+
+def test_both_hosts_encode_the_demos_picture_alike(tmp_path):
     from perfusion.core import domain as domains
     from perfusion.core import host_diffusers
     from perfusion.core.domain_comfy import encode_concept
     from perfusion.core.encode import encode
-    from perfusion.nodes.folders import DEMO
 
     domain = domains.load(DEMO / "domains" / "creature.safetensors")
     photo = torch.from_numpy(np.array(Image.open(DEMO / "pictures" / "mimi.png"), dtype=np.float32) / 255)[None]
