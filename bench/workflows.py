@@ -1,8 +1,8 @@
 """The pictures of the example workflows in ComfyUI's list of templates, each made by running the workflow.
 
 What is shown to a workflow has an edge, the rest it made. One that starts with Load Checkpoint is run with Load Demo
-Model in its place, and a note in it says so. New workflows, and boxes of subgraphs/, are also put into tests/frozen,
-where they stay as they are: later versions have to open them.
+Model and Load Demo Picture, and a note in it says so. New workflows, and boxes of subgraphs/, are also put into
+tests/frozen, where they stay as they are: later versions have to open them.
 """
 
 import argparse
@@ -21,17 +21,20 @@ from .sign import KEY, PAPER
 
 FOLDER, FROZEN = ROOT / "example_workflows", ROOT / "tests" / "frozen"
 SIDE, GAP, EDGE = 512, 8, 6
-DEMO = {"cat": "creature", "example.png": "mimi.png", 512: 128, "text, watermark": "", 7.0: 4.0,
+DEMO = {"cat": "creature", 512: 128, "text, watermark": "", 7.0: 4.0,
         "a photo of a <tom> in the snow": "a clay model of a <tom> in the snow",
         "a photo of a <tom> at the beach": "an ink drawing of a <tom> wearing a crown at the beach"}
 
+INSTEAD = {"CheckpointLoaderSimple": ("PerfusionDemoModel", {}),
+           "LoadImage": ("PerfusionDemoPicture", {"picture": "mimi"})}
+
 
 def on_demo(graph: dict) -> dict:
-    """The prompt with Load Demo Model for Load Checkpoint, and what suits that: its words, its size, four pictures."""
-    loader = next((box for box in graph.values() if box["class_type"] == "CheckpointLoaderSimple"), None)
-    if loader:
-        loader |= {"class_type": "PerfusionDemoModel", "inputs": {}}
+    """The prompt with Load Demo Model for Load Checkpoint, and what suits that: picture, words, size, four of it."""
+    if any(box["class_type"] in INSTEAD for box in graph.values()):
         for box in graph.values():
+            if box["class_type"] in INSTEAD:
+                box["class_type"], box["inputs"] = INSTEAD[box["class_type"]]
             box["inputs"] = {key: value if isinstance(value, list) else 4 if key == "batch_size" else
                              DEMO.get(value, value) for key, value in box["inputs"].items()}
     return graph
@@ -78,10 +81,12 @@ def main():
             status, outputs, errors = server.run(graph)
             if status != "success":
                 raise RuntimeError(f"{path.name}: {errors}")
-            shown = [server.base / "input" / box["inputs"]["image"] for box in graph.values()
-                     if box["class_type"] == "LoadImage"]
+            given = {key: box["inputs"]["picture"] for key, box in graph.items()
+                     if box["class_type"] == "PerfusionDemoPicture"}
+            shown = [ROOT / "demo" / "pictures" / f"{name}.png" for name in given.values() if name != "all"]
             made = [server.base / ("temp" if image["type"] == "temp" else "output") / image["filename"]
-                    for key, box in graph.items() if box["class_type"] in ("PreviewImage", "SaveImage")
+                    for key, box in graph.items()
+                    if box["class_type"] in ("PreviewImage", "SaveImage") and box["inputs"]["images"][0] not in given
                     for image in outputs[key]["images"]]
             out, picture = io.BytesIO(), card(*([Image.open(p).convert("RGB") for p in some] for some in (shown, made)))
             picture.save(out, "JPEG", quality=85)

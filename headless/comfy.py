@@ -61,8 +61,6 @@ def serve(base: Path, port: int, *extra: str) -> subprocess.Popen:
     link = base / "custom_nodes" / "perfusion-concepts"
     if not os.path.lexists(link):  # else it is linked already, or is the pack itself
         link.symlink_to(ROOT, target_is_directory=True)
-    for place in "input", "input/creatures":  # the workflows name the one for a picture, the other for all of them
-        put(ROOT / "demo" / "pictures", base / place, "*.png")
     put(ROOT / "example_workflows", base / "user" / "default" / "workflows", "*.json")
     import torch
 

@@ -2,7 +2,7 @@
 
 tests/frozen holds the workflows and boxes of every version as they were, a folder for each, and in its `queued` what
 the screen made of them then. A file there is never edited, only added, by `python -m bench workflows`: an artist may
-have it.
+have it. 0.1.0-load-image has those of the demo as they were before Load Demo Picture.
 """
 
 import itertools
@@ -22,7 +22,7 @@ ROOT = HERE.parent
 FROZEN = HERE / "frozen"
 FOLDER = ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-PICTURE = "demo/pictures/mimi.png"
+PICTURES = ROOT / "demo" / "pictures"
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 SMALL = {"PerfusionQuickTune": {"steps": 2, "batch": 1, "resolution": 128}, "KSampler": {"steps": 2},
          "PerfusionTrainDomain": {"steps": 2}}
@@ -51,11 +51,11 @@ def open_on(info, workflow):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server whose SD1.5 checkpoint is a tiny random one, and whose photo is the demo's."""
+    """A server whose SD1.5 checkpoint is a tiny random one, and whose pictures are the demo's."""
     import checkpoints
 
     base = tmp_path_factory.mktemp("server")
-    for place in "custom_nodes/tiny", "models/checkpoints", "models/perfusion", "input":
+    for place in "custom_nodes/tiny", "models/checkpoints", "models/perfusion":
         (base / place).mkdir(parents=True)
     (base / "custom_nodes" / "tiny" / "__init__.py").write_text(REGISTER.format(here=str(HERE)))
     checkpoints.register()
@@ -63,7 +63,9 @@ def server(tmp_path_factory):
     checkpoints.unregister()
     captions = (ROOT / "core" / "captions.txt").read_text(encoding="utf-8").splitlines()
     (base / "models" / "perfusion" / "captions.txt").write_text("\n".join(captions[:256]), encoding="utf-8")
-    shutil.copy(ROOT / PICTURE, base / "input" / "example.png")
+    shutil.copytree(PICTURES, base / "input")  # of frozen workflows, the ones name a picture there,
+    shutil.copytree(PICTURES, base / "input" / "creatures")  # the other one this folder
+    shutil.copy(PICTURES / "mimi.png", base / "input" / "example.png")
     with serving(base) as talk:
         yield talk
 

@@ -24,7 +24,7 @@ QUEUED = """async () => Object.fromEntries(Object.entries((await app.graphToProm
 def stocked(server):
     """The server with files of all names that the workflows give."""
     made = {"models/checkpoints": (CHECKPOINT, None), "output/perfusion": ("tom.safetensors", "mimi.safetensors"),
-            "input": ("example.png", "mimi.png")}
+            "input": ("example.png", ROOT / "demo" / "pictures" / "mimi.png")}
     for place, (name, source) in made.items():
         (server.base / place / name).touch()
         if source:
@@ -119,7 +119,7 @@ def test_the_box_makes_the_picture_that_its_three_nodes_make(at, server, box):
         const add = (kind, values = {}) => {
           const node = LiteGraph.createNode(kind); app.graph.add(node); set(node, values); return node }
         set(box, values)
-        const demo = add("PerfusionDemoModel"), photo = add("LoadImage", { image: "mimi.png" })
+        const demo = add("PerfusionDemoModel"), photo = add("PerfusionDemoPicture")
         const yes = add("CLIPTextEncode", { text: "a <mimi> in the snow" }), no = add("CLIPTextEncode")
         const empty = add("EmptyLatentImage", { width: 128, height: 128 }), decode = add("VAEDecode")
         const k = add("KSampler", { seed: 3, steps: 2 }), save = add("SaveImage", { filename_prefix: "box" })
@@ -133,7 +133,7 @@ def test_the_box_makes_the_picture_that_its_three_nodes_make(at, server, box):
 
     strength = values.pop("strength")
     by_hand = {
-        "1": node("PerfusionDemoModel"), "2": node("LoadImage", image="mimi.png"),
+        "1": node("PerfusionDemoModel"), "2": node("PerfusionDemoPicture", picture="mimi"),
         "3": node("PerfusionQuickTune", model=["1", 0], clip=["1", 1], vae=["1", 2], image=["2", 0], seed=0, batch=4,
                   mirror=False, **values),
         "4": node("PerfusionGateStrength", concept=["3", 0], strength=strength, bias_mode="slider", bias=0.7,
