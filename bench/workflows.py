@@ -41,7 +41,9 @@ def on_demo(graph: dict) -> dict:
 
 
 def card(shown: list[Image.Image], made: list[Image.Image]) -> Image.Image:
-    """A square of the pictures, two in a row or a wide one, as many as there is room for."""
+    """A square of the pictures, two in a row or a wide one, as many as there is room for; or those of a grid."""
+    if len(made) == 1 and made[0].width > 2 * made[0].height:
+        return around(shown[0], made[0])
     paper, side, x, y = Image.new("RGB", (SIDE, SIDE), PAPER), (SIDE - GAP) // 2, 0, 0
     for k, picture in enumerate([*shown, *made]):
         edge, wide = EDGE * (k < len(shown)), SIDE if picture.width > picture.height else side
@@ -50,6 +52,18 @@ def card(shown: list[Image.Image], made: list[Image.Image]) -> Image.Image:
         size = wide - 2 * edge, side - 2 * edge
         paper.paste(ImageOps.expand(ImageOps.fit(picture, size, Image.Resampling.LANCZOS), edge, KEY), (x, y))
         x += wide + GAP
+    return paper
+
+
+def around(shown: Image.Image, row: Image.Image) -> Image.Image:
+    """A square of what was shown, large, with the five pictures of a row to its right and below it."""
+    paper, step = Image.new("RGB", (SIDE, SIDE), PAPER), (SIDE + GAP) // 3
+    side, large, high = step - GAP, 2 * step - GAP - 2 * EDGE, row.height
+    paper.paste(ImageOps.expand(shown.resize((large, large), Image.Resampling.LANCZOS), EDGE, KEY), (0, 0))
+    for k, (x, y) in enumerate(((2, 0), (2, 1), (0, 2), (1, 2), (2, 2))):
+        left = k * (row.width - high) // 4
+        picture = row.crop((left, 0, left + high, high))
+        paper.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x * step, y * step))
     return paper
 
 
