@@ -22,6 +22,7 @@ COMMANDS = {
     "quick": "a few other creatures in ten minutes",
     "creatures": "personalise held-out creatures, or a share of them",
     "table": "draw the table and the picture of the results",
+    "help": "draw the pictures of the help pages",
     "sign": "draw the icon and the banner for the Comfy registry",
     "workflows": "run the example workflows for their pictures in the list of templates, and freeze the new ones",
 }
@@ -37,7 +38,7 @@ def main():
     from headless.comfy import enter
 
     enter(cpu=True)
-    modules = {"world": "make_world", "reader": "train_reader"}
+    modules = {"world": "make_world", "reader": "train_reader", "help": "help_pictures"}
     module = importlib.import_module(f"perfusion.bench.{modules.get(chosen.command, chosen.command)}")
     sys.argv = [f"python -m bench {chosen.command}", *rest]
     module.main()

@@ -23,6 +23,7 @@ from ..core import domain as domains
 from ..core.concept import Concept, dump
 from ..core.encode import encode
 from ..core.host_diffusers import DiffusersHost
+from ..core.key_lock import TEMPERATURE
 from ..core.tower import tokens_of
 from ..core.tune import Lesson, Tuning, fit, schedule
 from . import e4t, memory, peers, world
@@ -86,7 +87,7 @@ def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures:
                           covariance=covariance, **learner.learnt())
         dial = DIAL if step in DIALLED[method] and not seed else ()
         for strength in (OURS[method], *(other for other in dial if other != OURS[method])):
-            draw = partial(ours, pipe, (concept.at(strength),))
+            draw = partial(ours, pipe, (gated(concept, strength),))
             rows.append(facts | {"strength": strength, "bytes": len(dump(concept))} | examiner.scores(draw))
 
     with host.training(latents[:1]), ExitStack() as undo:
@@ -110,6 +111,11 @@ def run(pipe, method: str, rate: float, split: str, k: int, seed: int, pictures:
                 spent += clock() - begun
     return {"method": method, "rate": rate, "split": split, "creature": k, "seed": seed, "pictures": pictures,
             "last": last, "rows": rows, "commit": commit(), "domain": domain_of(method)}
+
+
+def gated(concept: Concept, strength: float) -> Concept:
+    """The concept at one of the marks of the dial as it was when these rows were measured: by its gate's bias alone."""
+    return concept.raw(0.60 - 0.30 * strength, TEMPERATURE)
 
 
 @cache

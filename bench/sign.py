@@ -20,8 +20,8 @@ FOLDER = ROOT / "pictures"
 ICON, BANNER = (400, 400), (1260, 540)
 PAPER, INK, FAINT, KEY = "#16181d", "#f4f1ea", "#a9adb6", "#f0a030"
 NAME, PROMISE = "Perfusion Concepts", "One picture becomes a word, and a dial between likeness and prompt."
-DRAWN = ((0, 0.5), (1, 0.5), (3, 0.5))  # a prompt of the demo's, and the strength
-DIAL = (0, 0.25, 0.5, 0.75)
+DRAWN = ((0, 1), (1, 1), (3, 1))  # a prompt of the demo's, and the strength
+DIAL = (0, 0.5, 0.75, 1)
 
 
 def learn():

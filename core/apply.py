@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from .concept import BASES, Concept
 from .joint_edit import JointEdit, check_fit
 from .key_lock import edited, unit
-from .prompt import PRESENT, TEXTS, VERSIONS, WORDS, Token, superclass_ids, tokenizers, with_word
+from .prompt import PRESENT, TEXTS, VERSIONS, WORDS, Token, embedding, superclass_ids, tokenizers, with_word
 from .region import Blend, blended
 from .where import RUN
 
@@ -126,7 +126,8 @@ def apply(model, clip, concept: Concept, edit_negative: bool = False, heard=None
     Raises ValueError with a sentence where concept, model and CLIP do not fit together.
     """
     check(model, clip, concept)
-    token = Token({} if concept.off else concept.embedding, superclass_ids(clip, concept.superclass),
+    vector = {} if concept.off else concept.word_vector(embedding(clip, concept.superclass))
+    token = Token(vector, superclass_ids(clip, concept.superclass),
                   unit(concept.direction, concept.target_input), heard, concept.acting)
     clip = with_word(clip, concept.word, token)
     if concept.off:

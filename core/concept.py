@@ -20,7 +20,7 @@ from torch import Tensor
 from .acting import Acting
 from .file import pack, unpacked, write
 from .int8 import kind, narrowed, widened
-from .key_lock import TEMPERATURE, bias_of
+from .key_lock import BIAS, TEMPERATURE
 
 FORMAT = "perfusion-concept/1"
 FORMATS = {FORMAT: "fp16", "perfusion-concept/2": "int8"}  # how precise the value outputs are
@@ -46,7 +46,7 @@ class Concept:
     energy: float
     covariance: str  # hash of the covariance that the direction was taken under
     prediction: str = "eps"
-    strength: float = 0.5
+    strength: float = 0.75
     bias: float | None = None
     temperature: float = TEMPERATURE
     domain: str = ""
@@ -68,7 +68,19 @@ class Concept:
 
     @property
     def gate_bias(self) -> float:
-        return bias_of(self.strength) if self.bias is None else self.bias
+        return BIAS if self.bias is None else self.bias
+
+    @property
+    def scale(self) -> float:
+        """How much of the concept there is: of its edit, and of its word's way from the superclass word's embedding.
+
+        The gate's bias alone would be a dial with a jump at its start: bench/research.md has the four that were tried.
+        """
+        return self.strength if self.bias is None else 1.0
+
+    def word_vector(self, superclass: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The word's embedding (d) of each text encoder at this scale, from the superclass word's."""
+        return {name: superclass[name].to(v).lerp(v, self.scale) for name, v in self.embedding.items()}
 
     def at(self, strength: float) -> "Concept":
         """The same concept with its dial at `strength` in 0..1."""

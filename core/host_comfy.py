@@ -22,7 +22,7 @@ from . import apply as applying
 from . import weight_offset
 from .covariance import captions, frames, inverse_of
 from .fingerprint import exact, fingerprint, sample
-from .prompt import Token, encoder, superclass_ids, tokenizers, with_word
+from .prompt import Token, embedding, encoder, superclass_ids, tokenizers, with_word
 from .public_encoder import pooled_answers
 from .tower import Tower, hash_of
 
@@ -184,10 +184,7 @@ class ComfyHost:
         return frames(captions(self.folder), self.superclass)
 
     def embedding(self, word: str) -> dict[str, Tensor]:
-        self.clip.load_model()
-        ids = superclass_ids(self.clip, word)
-        tables = {name: encoder(self.clip, name).transformer.get_input_embeddings() for name in ids}
-        return {name: tables[name].weight[i].detach().float().cpu().clone() for name, i in ids.items()}
+        return embedding(self.clip, word)
 
     def inverse_covariance(self) -> tuple[Tensor, str, dict]:
         def encode(lines):

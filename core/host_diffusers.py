@@ -116,8 +116,11 @@ def words_of(pipe, concepts: Sequence[Concept]) -> dict[str, Token]:
                 f"Two of the applied concepts are called {concept.word}, so a prompt could not say which is meant. "
                 "Tune one of them with another word, or apply only one."
             )
-        vector = {} if concept.off else concept.embedding
-        words[concept.word] = Token(vector, superclass_ids(found, concept.superclass))
+        ids = superclass_ids(found, concept.superclass)
+        tables = {name: model.get_input_embeddings().weight.detach() for name, (_, model) in found.items()}
+        plain = {name: table[ids[name]].float() for name, table in tables.items()}
+        vector = {} if concept.off else concept.word_vector(plain)
+        words[concept.word] = Token(vector, ids)
     return words
 
 

@@ -66,6 +66,7 @@ class JointEdit:
         self.fields = stack | {
             "bias": torch.tensor([c.gate_bias for c in concepts]),
             "temperature": torch.tensor([c.temperature for c in concepts]),
+            "scale": torch.tensor([c.scale for c in concepts]),
             "joint": joint(M).float(),
             "target_output": {name: torch.stack([c.target_output[name] for c in concepts])
                               for name in concepts[0].target_output},

@@ -5,6 +5,7 @@
     c = M⁻¹ s,  Mⱼₖ = dⱼ · iₖ        joint projection onto several concepts, exact (eq. 4); c = s for one
     V = W (x − Σⱼ cⱼ i*ⱼ) + Σⱼ gⱼ o*ⱼ                 values: what the concept is, learned
     K = W (x − Σⱼ cⱼ i*ⱼ + Σⱼ gⱼ key_inputⱼ)          keys: where it goes, locked to the superclass (o* = W key_input)
+    c ← λ c, g ← λ g                                  how much of the edit: 1 in the paper, and while learning
 
 Two observations keep this file short. The stored direction d = C⁻¹ i* / (i*ᵀ C⁻¹ i*) is all that is needed of C, for
 one concept and for many: M is the Gram matrix of the paper with its rows divided by the energies. And by linearity the
@@ -22,16 +23,11 @@ from torch import Tensor
 
 from .swap import swapped
 
-# The gate while learning and, at strength .5, while making pictures. The paper's (.75, .10; .70, .15) stand for an i*
-# that is the mean over short templates; ours is the mean over prompts of all kinds (bench/research.md has the figures).
+# The gate while learning, and while making pictures. The paper's (.75, .10; .70, .15) stand for an i* that is the mean
+# over short templates; ours is the mean over prompts of all kinds (bench/research.md has the figures).
 TRAIN_BIAS, TRAIN_TEMPERATURE = 0.45, 0.10
-TEMPERATURE = 0.10
+BIAS, TEMPERATURE = 0.30, 0.10
 APART = 1e-5  # of 1 − cosine: less, and two concepts are one to the text encoder
-
-
-def bias_of(strength: float) -> float:
-    """Gate bias for the artist's dial in (0, 1]: .60 down to .30, linear until it is calibrated."""
-    return 0.60 - 0.30 * strength
 
 
 def second_moment(encodings) -> tuple[Tensor, int]:
@@ -134,6 +130,7 @@ class Edit:
     target_output: dict[str, Tensor]  # value projection -> (j, d_out) o*
     present: Tensor  # (b, j)
     joint: Tensor  # (2^j, j, j)
+    scale: Tensor | float = 1.0  # (j) λ
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What keys read and what values read, both (b, n, d) in x's dtype, and the gates (b, n, j) in the edit's."""
@@ -146,8 +143,8 @@ class Edit:
         said = (full != 0).any(-1, keepdim=True)  # a prompt that was zeroed out says nothing, whatever its mark
         present = self.present[:, None] * said  # (b, n, j)
         s = full @ self.direction.T  # (b, n, j)
-        g = gate(s, self.bias, self.temperature) * present
-        c = (s * (present != 0)) @ self.joint[subset(self.present)].mT
+        g = gate(s, self.bias, self.temperature) * present * self.scale
+        c = (s * (present != 0)) @ self.joint[subset(self.present)].mT * self.scale
         rest = full - c @ self.target_input
         return (rest + g @ self.key_input).to(x.dtype), rest.to(x.dtype), g
 

@@ -159,6 +159,14 @@ def superclass_ids(clip, superclass: str) -> dict[str, int]:
     return found
 
 
+def embedding(clip, word: str) -> dict[str, Tensor]:
+    """The superclass word's row (d), in fp32 on the CPU, of each text encoder's table."""
+    clip.load_model()
+    ids = superclass_ids(clip, word)
+    tables = {name: encoder(clip, name).transformer.get_input_embeddings() for name in ids}
+    return {name: tables[name].weight[i].detach().float().cpu().clone() for name, i in ids.items()}
+
+
 def words_of(clip) -> dict[str, Token]:
     """The words that this CLIP has been taught, oldest first."""
     encode = clip.cond_stage_model.encode_token_weights

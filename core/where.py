@@ -109,5 +109,5 @@ class Run:
         """The prompt's words and how far the concept's gate opened for each, 0..1, widest first."""
         said = (found[concept.word] for _, found in self.said.values() if concept.word in found)
         seen, weight = next(said, ([], 0.0))
-        g = weight * gate(torch.tensor([s for _, s in seen]), concept.gate_bias, concept.temperature)
+        g = weight * concept.scale * gate(torch.tensor([s for _, s in seen]), concept.gate_bias, concept.temperature)
         return sorted(zip([word for word, _ in seen], g.tolist()), key=lambda pair: -pair[1])

@@ -39,9 +39,9 @@ def demo(arguments):
     print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
     learnt, rows = concepts.load(path), []
     for k, prompt in enumerate(PROMPTS):
-        shown = [encoded.at(0.5), *(learnt.at(s) for s in STRENGTHS)]
+        shown = [encoded.at(0.75), *(learnt.at(s) for s in STRENGTHS)]
         made = [host_diffusers.pictures(pipe, [prompt.format(WORD)], [concept], seeds=[k]) for concept in shown]
         rows.append([photo, *made])
-    above = ["the picture", "no step, 0.5", *(f"{arguments.steps} steps, {s:g}" for s in STRENGTHS)]
+    above = ["the picture", "no step, 0.75", *(f"{arguments.steps} steps, {s:g}" for s in STRENGTHS)]
     sheet = pictures.sheet(rows, above, [prompt.format(WORD) for prompt in PROMPTS])
     print(pictures.put(out / "demo.png", sheet))

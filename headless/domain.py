@@ -103,7 +103,7 @@ def train_domain(arguments):
             concept = encode(host, learnt, tokens[k : k + 1].float(), latents[k : k + 1].float().to(host.device),
                              arguments.superclass, WORD)
             prompts = [template.replace("{}", WORD) for template in tuning.TEMPLATES[:3]]
-            made = host_diffusers.pictures(pipe, prompts, [concept.at(0.5)], seeds=range(len(prompts)))
+            made = host_diffusers.pictures(pipe, prompts, [concept.at(0.75)], seeds=range(len(prompts)))
             rows.append([square(pictures.read(paths[k]), resolution), *made.split(1)])
         sheet = pictures.sheet(rows, ["the picture", *tuning.TEMPLATES[:3]], [""] * HELD)
         print(f"\nstep {step}: {pictures.put(work / f'sample-{step:06}.png', sheet)}")

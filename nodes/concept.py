@@ -65,7 +65,7 @@ class GateStrength(io.ComfyNode):
             description="How much the picture is the concept, and how much it obeys the rest of the prompt.",
             inputs=[
                 Concept.Input("concept", tooltip="From Load Perfusion Concept or Quick Tune."),
-                io.Float.Input("strength", default=0.5, min=0, max=1, step=0.01, round=0.01,
+                io.Float.Input("strength", default=0.75, min=0, max=1, step=0.01, round=0.01,
                                display_mode=io.NumberDisplay.slider,
                                tooltip="Higher is more likeness, lower more obedience to the prompt. "
                                        "0 is the plain model with the superclass word."),

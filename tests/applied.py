@@ -105,7 +105,7 @@ def textbook(w, concepts, named, model=None):
     """
     I = torch.stack([c.target_input for c in concepts]).double()  # noqa: E741
     G = I @ w.inverse @ I.T
-    bias = torch.tensor([0.60 - 0.30 * c.strength for c in concepts], dtype=torch.float64)
+    scale = torch.tensor([c.strength for c in concepts], dtype=torch.float64)
     rows = [(cond[0][0][0], weights) for cond, weights in named]
 
     def answer(name, module, x, plain):
@@ -117,8 +117,9 @@ def textbook(w, concepts, named, model=None):
                 continue
             p = row.double() @ w.inverse @ I[on].T
             s = p / G.diagonal()[on]
-            g = torch.sigmoid((s - bias[on]) / 0.10) * torch.tensor([weights[j] for j in on], dtype=torch.float64)
+            g = torch.sigmoid((s - 0.30) / 0.10) * torch.tensor([weights[j] for j in on], dtype=torch.float64)
             c = torch.linalg.solve(G[on][:, on], p.T).T
+            g, c = g * scale[on], c * scale[on]
             o = torch.stack([concepts[j].target_output[name].double() if name.endswith("to_v")
                              else W @ concepts[j].key_input.double() for j in on])
             out[b] = (row.double() - c @ I[on]) @ W.T + g @ o

@@ -35,7 +35,8 @@ def edit_of(i, o, S=S, bias=(0.7,), temperature=(0.15,), key_input=None, present
 
 def single(edit):
     """The same edit in fp32, as it runs in production."""
-    fields = {name: getattr(edit, name).float() for name in Edit.__dataclass_fields__ if name != "target_output"}
+    whole = {name: getattr(edit, name) for name in Edit.__dataclass_fields__ if name != "target_output"}
+    fields = {name: field.float() if torch.is_tensor(field) else field for name, field in whole.items()}
     return Edit(target_output={name: o.float() for name, o in edit.target_output.items()}, **fields)
 
 

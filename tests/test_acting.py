@@ -35,8 +35,8 @@ def keys_of(w, conditioning, other, local=None):
     if local:
         i, p = local.target_input.double(), w.inverse @ local.target_input.double()
         s = x @ p / (p @ i)
-        g = torch.sigmoid((s - (0.60 - 0.30 * local.strength)) / 0.10)
-        x = x - s[:, None] * i + g[:, None] * local.key_input.double()
+        g = torch.sigmoid((s - 0.30) / 0.10)
+        x = x + local.strength * (g[:, None] * local.key_input.double() - s[:, None] * i)
 
     def answer(module, args, out):
         return torch.stack([(x @ module.weight.double().T).to(out) if torch.equal(given, row) else plain

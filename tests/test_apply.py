@@ -93,6 +93,18 @@ def test_the_strength_moves_the_gate(world):
     assert not any(near(a, b, 1e-3) for a, b in zip(pictures, pictures[1:]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dial_begins_at_the_base_model_without_a_jump(world, kind):
+    w = world(kind)
+    base = sample(w.model, encode(w.clip, "a cat, red"), encode(w.clip, ""))
+    moved = []
+    for strength in (0.002, 0.004, 1.0):
+        model, clip = apply(w, w.cat.at(strength))
+        moved.append((sample(model, encode(clip, "a <mimi>, red"), encode(clip, "")) - base).norm() / base.norm())
+    assert moved[0] < 0.02 * moved[2] and moved[1] < 0.04 * moved[2]
+    assert 1.5 < moved[1] / moved[0] < 2.5
+
+
 # Nothing else changes
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from perfusion.core.concept import FORMAT, Concept, check_word, dump, load, parse, save, write
-from perfusion.core.key_lock import bias_of, unit
+from perfusion.core.key_lock import unit
 
 from concepts import NAMES, SHAPES, learnt, metadata_of
 
@@ -47,7 +47,7 @@ def test_a_concept_comes_back_from_its_file_as_it_was_but_for_fp16(base, tmp_pat
 def test_the_gate_comes_back_whether_set_by_the_dial_or_raw(bias, temperature):
     concept = parse(dump(learnt(bias=bias, temperature=temperature, strength=0.25)), "mimi")
     assert (concept.bias, concept.temperature, concept.strength) == (bias, temperature, 0.25)
-    assert concept.gate_bias == (bias_of(0.25) if bias is None else bias)
+    assert (concept.gate_bias, concept.scale) == ((0.30, 0.25) if bias is None else (bias, 1.0))
 
 
 def test_strength_zero_is_off_unless_a_raw_bias_is_set():
@@ -57,7 +57,7 @@ def test_strength_zero_is_off_unless_a_raw_bias_is_set():
 
 def test_a_change_gives_a_new_concept_and_leaves_the_first_alone():
     concept = learnt()
-    assert concept.replace(strength=1.0).strength == 1 and concept.strength == 0.5
+    assert concept.replace(strength=1.0).strength == 1 and concept.strength == 0.75
     with pytest.raises(AttributeError):
         concept.strength = 1.0
 

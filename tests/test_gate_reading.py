@@ -33,7 +33,7 @@ def test_a_prompts_words_come_in_its_order_and_are_as_open_as_the_gate_of_the_ed
     assert "".join(word for word, _ in words) == PROMPT.replace(" ", "") and weight == 1
     assert words[-1][0] == "" and "<mimi>" in [word for word, _ in words]
     _, _, g = JointEdit((w.cat,))(torch.ones(1, 1))(x)
-    opened = gate(torch.tensor([s for _, s in words]), w.cat.gate_bias, w.cat.temperature)
+    opened = w.cat.scale * gate(torch.tensor([s for _, s in words]), w.cat.gate_bias, w.cat.temperature)
     first = 1 + words.index(next(pair for pair in words if pair[0] == "<mimi>"))  # after the start, one row a word
     torch.testing.assert_close(opened[: first], g[0, 1 : first + 1, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(opened.max(), g[0, 1:, 0].max(), rtol=1e-4, atol=1e-5)

@@ -4,11 +4,13 @@ Spec: 2305.01644, eqs. 3 and 4. P1 to P15 name the properties that any Perfusion
 is the equation as printed, with the Gram matrix and a solve.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from perfusion.core.concept import Concept, dump, parse
-from perfusion.core.key_lock import APART, bias_of, direction, edited, gate, invert, joint, overlap, second_moment, unit
+from perfusion.core.key_lock import APART, direction, edited, gate, invert, joint, overlap, second_moment, unit
 
 import edits
 from edits import BIAS, TEMPERATURE, S, W, answers, close, edit_of, projection, single, tensor
@@ -242,5 +244,18 @@ def test_a_covariance_of_too_few_captions_is_refused_and_a_ridge_mends_it():
     close(inverse @ (C + 1e-3 * C.diagonal().mean() * torch.eye(8).double()), torch.eye(8), 1e-9)
 
 
-def test_the_dial_runs_over_the_published_range_of_biases():
-    assert bias_of(0) == 0.60 and bias_of(1) == pytest.approx(0.30)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_part_of_an_edit_is_that_part_of_what_the_whole_changes(world, share):
+    S, W, i, o, x = world["S"], world["W"], world["i"], world["o"], world["x"]
+    edit = edit_of(i, o, S)
+    part = replace(edit, scale=tensor([share] * len(i)))
+    for plain, whole, made in zip((x @ W.T,) * 2, answers(edit, x, W), answers(part, x, W)):
+        close(made, plain + share * (whole - plain), 1e-9)
+
+
+def test_concepts_beside_each_other_have_parts_of_their_own(world):
+    S, W, i, o, x = world["S"], world["W"], world["i"], world["o"], world["x"]
+    whole, first = edit_of(i[:2], o[:2], S), edit_of(i[:1], o[:1], S)
+    off = replace(whole, scale=tensor([1.0, 0.0]), joint=torch.eye(2).double().expand(4, 2, 2))
+    for made, alone in zip(answers(off, x, W), answers(first, x, W)):
+        close(made, alone, 1e-9)

@@ -234,11 +234,11 @@ def test_the_slider_runs_linearly_over_the_published_range_and_raw_bias_is_exact
     gate = pack["PerfusionGateStrength"].execute
     at = [gate(concept, s, "slider", 9.0, 9.0).result[0] for s in (0, 0.01, 0.5, 1)]
     assert at[0].off and not at[1].off
-    assert [c.gate_bias for c in at[1:]] == pytest.approx([0.597, 0.45, 0.30])
+    assert [(c.gate_bias, c.scale) for c in at[1:]] == [(0.30, 0.01), (0.30, 0.5), (0.30, 1.0)]
     assert {c.temperature for c in at} == {0.10}
     raw = gate(concept, 0.0, "raw", 0.62, 0.08).result[0]
     assert (raw.gate_bias, raw.temperature, raw.off) == (0.62, 0.08, False)
-    assert concept.strength == 0.5 and concept.bias is None
+    assert concept.strength == 0.75 and concept.bias is None
 
 
 def test_gate_strength_says_when_and_where_and_the_file_does_not(pack, concept):

@@ -6,6 +6,6 @@ export const gate = (similarity, bias, temperature) => 1 / (1 + Math.exp((bias -
 /** What a dial of Gate Strength means. */
 export function dialled({ strength, bias_mode, bias, temperature }) {
   return bias_mode === "raw"
-    ? { bias, temperature, off: false }
-    : { bias: 0.6 - 0.3 * strength, temperature: 0.1, off: strength === 0 }
+    ? { bias, temperature, scale: 1, off: false }
+    : { bias: 0.3, temperature: 0.1, scale: strength, off: strength === 0 }
 }

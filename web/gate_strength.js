@@ -70,8 +70,8 @@ class Chart {
   }
 
   draw() {
-    const { bias, temperature, off } = this.present()
-    const open = (similarity, weight = 1) => (off ? 0 : Math.min(1, gate(similarity, bias, temperature) * weight))
+    const { bias, temperature, scale, off } = this.present()
+    const open = (similarity, weight = 1) => (off ? 0 : Math.min(1, gate(similarity, bias, temperature) * scale * weight))
     const said = this.said()
     this.drawing.innerHTML = curve(open, said.flatMap((prompt) => prompt.words), bias, off)
     this.caption.textContent = this.sentence(off, said)

@@ -34,15 +34,15 @@ def turn(page, value):
 
 
 def test_the_browsers_gate_is_that_of_core(at, server):
-    from perfusion.core.key_lock import TEMPERATURE, bias_of, gate
+    from perfusion.core.key_lock import BIAS, TEMPERATURE, gate
 
     page, places = at(server), torch.linspace(-1, 2, 31, dtype=torch.float64)
     for strength in 0.01, 0.5, 1.0:
         there = page.evaluate("""async ([places, strength]) => {
             const { dialled, gate } = await import("/extensions/perfusion-concepts/gate.mjs")
-            const { bias, temperature } = dialled({ strength, bias_mode: "slider" })
-            return places.map((s) => gate(s, bias, temperature)) }""", [places.tolist(), strength])
-        here = gate(places, bias_of(strength), TEMPERATURE)
+            const { bias, temperature, scale } = dialled({ strength, bias_mode: "slider" })
+            return places.map((s) => scale * gate(s, bias, temperature)) }""", [places.tolist(), strength])
+        here = strength * gate(places, BIAS, TEMPERATURE)
         torch.testing.assert_close(torch.tensor(there, dtype=torch.float64), here)
 
 

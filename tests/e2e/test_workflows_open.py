@@ -105,7 +105,7 @@ def test_the_host_lists_the_box_and_search_puts_it_down_whole(at, server):
     assert box["title"] == BOX
     assert box["inside"] == ["PerfusionQuickTune", "PerfusionGateStrength", "PerfusionApplyConcept", "MarkdownNote"]
     assert box["widgets"] == [["superclass", "cat"], ["word", "<mimi>"], ["steps", 0], ["resolution", 512],
-                              ["strength", 0.5]]
+                              ["strength", 0.75]]
 
 
 @pytest.mark.parametrize("box", BOXES, ids=BOXES.get)
