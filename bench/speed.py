@@ -197,14 +197,14 @@ def main():
     with torch.inference_mode():
         bench = Bench(*where)
         rows += [row("sampling, three concepts / none", in_turn(*bench.samplers(3 * n + 1)), 1.01)]
+        bench.of(OWN_SIZE[given.kind])  # before what needs more memory: where it is short, blocks are computed again
+        found = in_turn(partial(bench.tune, n // 2 + 2, batch=4), bench.plain(n // 2 + 2, pictures=4))
+        rows += [row("five steps of Quick Tune / four pictures of 25 steps", [5 / 25 * ratio for ratio in found], 0.25)]
+        bench.of(given.size)
     for peer, options, goal in PEERS:
         count = n + 1 if goal else n // 2 + 2
         loops = partial(bench.tune, count), partial(bench.lora, count, options)
         rows += [row(f"time of a step, Quick Tune / Train LoRA{peer}", in_turn(*loops), goal)]
-    with torch.inference_mode():
-        bench.of(OWN_SIZE[given.kind])
-        found = in_turn(partial(bench.tune, n // 2 + 2, batch=4), bench.plain(n // 2 + 2, pictures=4))
-        rows += [row("five steps of Quick Tune / four pictures of 25 steps", [5 / 25 * ratio for ratio in found], 0.25)]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     cpu = re.findall("model name.*: (.*)", cpus.read_text()) if (cpus := Path("/proc/cpuinfo")).exists() else []
     machine = {"cpu": "".join(cpu[:1]), "cores": os.cpu_count(), "torch": torch.__version__, "comfyui": comfyui}
