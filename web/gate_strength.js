@@ -96,7 +96,7 @@ class Chart {
   }
 }
 
-/** The curve as SVG, with a dot for every word. Only numbers go into it, and texts of our own. */
+/** The curve as SVG, low even before its node has given it a width, with a dot for every word. Only numbers go into it, and texts of our own. */
 function curve(open, words, bias, off) {
   const points = Array.from({ length: 81 }, (_, i) => LEFT + ((RIGHT - LEFT) * i) / 80)
   const line = points.map((s) => `${X(s).toFixed(1)},${Y(open(s)).toFixed(1)}`).join(" ")
@@ -105,7 +105,8 @@ function curve(open, words, bias, off) {
   const label = off
     ? t("The gate is shut.")
     : t("The gate is half open at similarity {bias}.", { bias: bias.toFixed(2) })
-  return `<svg viewBox="0 0 ${WIDTH} 80" width="100%" role="img" aria-label="${label}" style="display:block">
+  return `<svg viewBox="0 0 ${WIDTH} 80" width="100%" role="img" aria-label="${label}"
+    style="display:block;max-height:120px">
     <path d="M0 ${BOTTOM}H${WIDTH}M0 ${TOP}H${WIDTH}" stroke="currentColor" opacity=".25"/>${half}
     <polyline points="${line}" fill="none" stroke="${COLOUR}" stroke-width="2"/>
     <g fill="${COLOUR}" stroke="currentColor" stroke-width=".5">${dots}</g>

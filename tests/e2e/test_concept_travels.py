@@ -152,7 +152,7 @@ def test_covers_and_facts_are_in_the_hosts_model_library(server):
     listed = server.call("/api/experiment/models/perfusion")
     place = next(f["pathIndex"] for f in listed if f["name"] == "mimi.safetensors")
     facts = server.call("/view_metadata/perfusion?filename=mimi.safetensors")
-    assert facts["modelspec.trigger_phrase"] == "<mimi>" and facts["modelspec.usage_hint"] == "Strength 0.5"
+    assert facts["modelspec.trigger_phrase"] == "<mimi>" and facts["modelspec.usage_hint"] == "Strength 0.75"
     assert "creature" in facts["modelspec.description"] and len(json.loads(facts["ssmd_cover_images"])) == 1
     url = f"{server.url}/api/experiment/models/preview/perfusion/{place}/mimi.webp"
     with urllib.request.urlopen(url) as answer:
