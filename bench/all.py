@@ -27,7 +27,7 @@ def shared(*arguments):
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     fast = DEVICE == "cuda"
-    peers = [method for method in RATES if method not in OURS]
+    peers = [method for method in RATES if method not in (*OURS, *e4t.KINDS)]
     if not all(path.exists() for path in e4t.FILES.values()):
         subprocess.run([sys.executable, "-m", "bench", "e4t"], cwd=ROOT, check=True)
     shared("--search", SEARCHED)
@@ -37,7 +37,10 @@ def main():
     else:
         shared("--n", LONG, "--seeds", 1)
         shared("--methods", *OURS, RICH, "--n", SCORED, "--seeds", 2, "--steps", SHORT)
+        shared("--methods", *e4t.KINDS, "--n", SCORED, "--seeds", 1, "--steps", SHORT)
         shared("--methods", *peers, "--n", SCORED // 2, "--seeds", 1, "--steps", SHORT)
         shared("--n", LONG, "--seeds", 1, "--pictures", 5, "--steps", SHORT)
+    # what five steps add to what was encoded is small, and wants as many creatures again
+    shared("--methods", "quick-tune", "--first", SCORED, "--n", SCORED, "--seeds", 1, "--steps", 5)
     for last in (["table", "--again"], ["far"], ["styles"]):
         subprocess.run([sys.executable, "-m", "bench", *last], cwd=ROOT, check=True)

@@ -31,7 +31,7 @@ def chunk(first):
     return pictures, list(zip(*said))
 
 
-def draw(folder, n=PICTURES):
+def draw(folder, n=PICTURES, chunk=chunk):
     """Write n pictures, of whole chunks, with their captions, those that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, n, CHUNK):

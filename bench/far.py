@@ -7,7 +7,6 @@ stands there at all) by what Encode Concept makes of them, by what the encoder w
 
 import argparse
 import json
-import statistics
 from dataclasses import replace
 
 import torch
@@ -18,6 +17,7 @@ from ..core.tower import tokens_of
 from . import creatures, metrics, world
 from . import reader as judge
 from .examine import DEMO, PROMPTS, SUPERCLASS, WORD, miniature, ours, tower
+from .table import mean_se
 
 SHOWN, SEED, RESULTS = 300, 9, creatures.RESULTS.with_name("far.json")
 
@@ -57,11 +57,11 @@ def main():
             lines = world.context_caption(wanted, WORD if name in made else SUPERCLASS)
             drawn = ours(host.pipe, applied, lines, [1000 * k + m for m in range(PROMPTS)]).movedim(-1, 1).cpu()
             found = judge.load().read(drawn)
-            there = found.superclass[:, 0].argmax(1) == world.SUPERCLASSES.index(SUPERCLASS)
+            there = found.superclass[:, judge.LONE].argmax(1) == world.SUPERCLASSES.index(SUPERCLASS)
             rows.setdefault(name, []).append((metrics.alignment(found, wanted, SUPERCLASS).mean().item(),
                                               there.float().mean().item()))
-    means = {name: {part: [round(statistics.fmean(values), 4), round(statistics.stdev(values) / n**0.5, 4)]
-                    for part, values in zip(("alignment", "creature"), zip(*of))} for name, of in rows.items()}
+    means = {name: {part: mean_se(values)[::2] for part, values in zip(("alignment", "creature"), zip(*of))}
+             for name, of in rows.items()}
     for name, of in means.items():
         print(name.ljust(16), *(f"{part} {mean:.3f} ± {se:.3f}" for part, (mean, se) in of.items()), sep="  ")
     RESULTS.write_text(json.dumps({"far": told, "shown": SHOWN, "n": n, "rows": means}, indent=1) + "\n",

@@ -14,7 +14,6 @@ that creature, drawn like the one picture given. The scores are of styles that w
 import argparse
 import colorsys
 import json
-import statistics
 import subprocess
 import sys
 
@@ -29,10 +28,12 @@ from ..core.tower import tokens_of
 from ..core.tune import Lesson, Tuning, fit, schedule
 from . import metrics, world
 from . import reader as judge
+from .domain import CHUNK, draw
 from .examine import DEMO, WORD, miniature, ours, tower
 from .make_world import ROOT, WORK
+from .table import mean_se
 
-STYLE, PICTURES, CHUNK, SEED = "picture", 4000, 200, 11
+STYLE, PICTURES, SEED = "picture", 4000, 11
 SETTINGS = {"steps": 2000, "batch": 16, "learning-rate": 2e-3, "every": 500, "precision": "bf16"}
 TRAINED, RESULTS = WORK / "styles.safetensors", ROOT / "bench" / "results" / "styles.json"
 STEPS, PROMPTS, STRONGEST = 5, 6, 0.6
@@ -66,19 +67,13 @@ def caption(context, subject: str) -> str:
     return said.replace("a picture of", "a {} of", 1)
 
 
-def draw(folder):
-    """Write the pictures with their captions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, PICTURES, CHUNK):
-        if (folder / f"{first + CHUNK - 1:05}.txt").exists():
-            continue
-        generator = torch.Generator().manual_seed(SEED * 100_000 + first)
-        context, (kinds, who) = world.contexts(CHUNK, generator, company="alone"), scene(CHUNK, "train", generator)
-        pictures = washed(world.render(kinds, who, context)[0], washes(CHUNK, generator))
-        for k in range(CHUNK):
-            subject = world.rich_subject(world.SUPERCLASSES[kinds[k]], who[k : k + 1])
-            Image.fromarray((pictures[k] * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{first + k:05}.png")
-            (folder / f"{first + k:05}.txt").write_text(caption(context[k : k + 1], subject) + "\n", encoding="utf-8")
+def chunk(first: int):
+    """As `domain.chunk`: pictures in bytes from the first on, and the one caption of each."""
+    generator = torch.Generator().manual_seed(SEED * 100_000 + first)
+    context, (kinds, who) = world.contexts(CHUNK, generator, company="alone"), scene(CHUNK, "train", generator)
+    pictures = washed(world.render(kinds, who, context)[0], washes(CHUNK, generator))
+    subjects = [world.rich_subject(world.SUPERCLASSES[kind], who[k : k + 1]) for k, kind in enumerate(kinds)]
+    return (pictures * 255).byte(), [(caption(context[k : k + 1], subject),) for k, subject in enumerate(subjects)]
 
 
 def concepts(host, picture) -> dict[str, Concept]:
@@ -132,7 +127,7 @@ def main():
     parser.add_argument("--n", type=int, default=32, help="how many styles")
     n = parser.parse_args().n
     folder = WORK / "domain-styles"
-    draw(folder)
+    draw(folder, PICTURES, chunk)
     settings = [f"--{option}={value}" for option, value in SETTINGS.items()]
     subprocess.run([sys.executable, "-m", "headless", "train-domain", DEMO, folder, "--tower", DEMO / "vision",
                     "--superclass", STYLE, "--out", TRAINED, *settings], cwd=ROOT, check=True)
@@ -143,8 +138,7 @@ def main():
         sheet.append(torch.cat([p[0] for p in made.values()], 2))
         for name, of in found.items():
             rows.setdefault(name, []).append(of)
-    mean = {name: {key: [round(statistics.fmean(values), 4), round(statistics.stdev(values) / n**0.5, 4)]
-                   for key in of[0] for values in [[one[key] for one in of]]} for name, of in rows.items()}
+    mean = {name: {key: mean_se([one[key] for one in of])[::2] for key in of[0]} for name, of in rows.items()}
     for name, of in mean.items():
         print(name.ljust(16), *(f"{key} {m:.3f} ± {se:.3f}" for key, (m, se) in of.items()), sep="  ")
     RESULTS.write_text(json.dumps({"n": n, "rows": mean}, indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from . import concept as concepts
 from . import domain as domains
 from .concept import BASES, Concept
 from .domain import Domain
+from .encode import far
 
 WRONG = "✗ "
 PACK = Path(__file__).parent.parent / "pyproject.toml"
@@ -93,7 +94,9 @@ def numbers(tensors: Mapping[str, Tensor]) -> Iterable[str]:
 def of_concept(concept: Concept) -> Iterable[str]:
     """What a concept is, what it holds, and whether its gate opens."""
     yield f"`{concept.word}`, a `{concept.superclass}`, for {BASES[concept.base]} ({concept.prediction})"
-    if concept.off:
+    if concept.blank:
+        yield f"{WRONG}{far(concept)}"
+    elif concept.off:
         yield (f"{WRONG}Its strength is 0, so prompts get the word {concept.superclass} and nothing of it shows. Raise "
                "it in Gate Strength.")
     else:

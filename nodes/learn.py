@@ -62,8 +62,7 @@ class QuickTune(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, image, superclass, word, steps, seed, resolution, batch, mirror,
-                mask=None, captions=None, concept=None,
-                preview_every=PREVIEW_EVERY) -> io.NodeOutput:
+                mask=None, captions=None, concept=None, preview_every=PREVIEW_EVERY) -> io.NodeOutput:
         node = cls.hidden.unique_id
         watch = Watch(node, image)
         templates = TEMPLATES if captions is None else tuple(c.strip() for c in captions.splitlines() if c.strip())

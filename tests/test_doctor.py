@@ -89,6 +89,8 @@ def test_values_that_are_no_numbers_are_named():
 def test_a_gate_that_cannot_open_is_said():
     assert wrong(of_concept(learnt())) == []
     assert "strength is 0" in wrong(of_concept(learnt().at(0)))[0]
+    said, = wrong(of_concept(learnt().replace(training={"steps": 0, "pictures": 1, "far": 1})))
+    assert "nothing was encoded" in said and "strength" not in said
     assert wrong(of_concept(learnt().raw(0.9, 0.1))) == []
     assert "mostly shut" in wrong(of_concept(learnt().raw(1.1, 0.1)))[0]
 

@@ -138,7 +138,9 @@ def test_pages_and_texts_of_the_archive_are_served(server, archive):
 def test_the_box_of_the_archive_is_in_the_hosts_list(server, archive):
     try:
         boxes = {entry["name"] for entry in server.call("/global_subgraphs").values()}
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError as error:
+        if error.code != 404:
+            raise
         pytest.skip("this version of the host knows no boxes")
     assert {path.stem for path in (archive / "subgraphs").iterdir()} <= boxes
 

@@ -96,7 +96,10 @@ class Chart {
   }
 }
 
-/** The curve as SVG, low even before its node has given it a width, with a dot for every word. Only numbers go into it, and texts of our own. */
+/**
+ * The curve as SVG, low even before its node has given it a width, with a dot for every word. Only numbers go into it,
+ * and texts of our own.
+ */
 function curve(open, words, bias, off) {
   const points = Array.from({ length: 81 }, (_, i) => LEFT + ((RIGHT - LEFT) * i) / 80)
   const line = points.map((s) => `${X(s).toFixed(1)},${Y(open(s)).toFixed(1)}`).join(" ")
