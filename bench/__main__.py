@@ -15,6 +15,7 @@ COMMANDS = {
     "gate": "print what the gate sees of the word and of other tokens in long prompts",
     "domain": "train the domain of creatures, after `world`",
     "far": "print what becomes of pictures that are no creatures",
+    "dial": "draw creatures at every strength of our dial, and at those of its peers",
     "styles": "train a domain of drawing styles, and score what it makes of one picture",
     "e4t": "train the domains that it is measured against",
     "tower": "print what the vision tower's class tokens say of a creature",

@@ -24,7 +24,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class LowRank(nn.Module):
-    """W + BA, zero at first."""
+    """W + scale · BA, zero at first; the scale is the strength that an artist gives it, 1 while it is learnt."""
+
+    scale = 1.0
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -33,7 +35,7 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(rows, RANK))
 
     def forward(self, weight):
-        return weight + self.B @ self.A
+        return weight + self.scale * self.B @ self.A
 
 
 class Peer:
