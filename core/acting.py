@@ -22,6 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .apart import members
 from .key_lock import Edit
 from .region import Words, shares
 
@@ -30,12 +31,13 @@ AS_ENCODED = Words()
 
 @dataclass(frozen=True, eq=False)
 class Acting:
-    """The part of sampling in which a concept acts, 0 its start and 1 its end, both in it; its lock; its region."""
+    """The part of sampling in which a concept acts, 0 its start and 1 its end, both in it; its lock; its place."""
 
     start: float = 0.0
     end: float = 1.0
     lock: str = "local"  # or "global"
     region: Tensor | None = None  # (1, h, w) in 0..1, everywhere if none is given; see region.py
+    apart: bool = False  # from other concepts that are so, where a prompt names them too; see apart.py
 
     def __post_init__(self):
         if self.region is not None and len(self.region) != 1:
@@ -66,7 +68,11 @@ def versions(acting: Mapping[str, Acting]) -> tuple[Words, ...]:
     ends = sorted({0.0, 1.0, *(time for a in acting.values() for time in (a.start, a.end))})
     times = *ends, *((a + b) / 2 for a, b in pairwise(ends))
     on = {Words(word for word, a in acting.items() if a.at(time)) for time in times}
-    found = {words for now in on for away in places(acting) for words in given_back(acting, now - away)}
+    read = {now - away for now in on for away in places(acting)}
+    for now in [*on, *read]:
+        each = members(acting, now)
+        read |= {now - each, *(now - (each - {word}) for word in each)} if each else set()
+    found = {words for now in read for words in given_back(acting, now)}
     return AS_ENCODED, *sorted(found - {AS_ENCODED}, key=sorted)
 
 

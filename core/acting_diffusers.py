@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .acting import AS_ENCODED, Words, versions
+from .apart import members, reads, split
 from .concept import Concept
 from .joint_edit import JointEdit
 from .key_lock import edited
@@ -28,6 +29,11 @@ def texts_of(encoders: Encoders, prompts: list[str], concepts: Sequence[Concept]
         found[back], _ = read(encoders, prompts, {word: Token({}, token.superclass) if word in back else token
                                                   for word, token in words.items()})
     return found
+
+
+def way_up(unet) -> list[nn.Module]:
+    """The cross-attentions of the decoder."""
+    return [module for name, module in unet.named_modules() if name.startswith("up_blocks") and name.endswith("attn2")]
 
 
 def blended(unet, projections: Mapping[str, nn.Module], edits: Sequence, blend: Blend):
@@ -50,18 +56,30 @@ def blended(unet, projections: Mapping[str, nn.Module], edits: Sequence, blend: 
 
 
 @contextmanager
-def acting(unet, projections: Mapping[str, nn.Module], concepts: Sequence[Concept], present: Tensor,
+def acting(unet, projections: Mapping[str, nn.Module], concepts: Sequence[Concept], places: Tensor,
            texts: Mapping[Words, Tensor], last: int):
-    """While open, the UNet is edited at each time by the concepts that act then, for rows of which `present` (b, j)
-    and `texts` tell; `last` is the timestep with which sampling begins."""
+    """While open, the UNet is edited at each time by the concepts that act then, for rows in which `places` (b, n, j)
+    says where words stand, and of which `texts` are the versions; `last` is the timestep with which sampling begins.
+    The first call in which concepts are kept apart is made twice, see apart.py."""
     on = tuple(concept for concept in concepts if not concept.off)
     joint = JointEdit(on) if on else None
+    words, present, r = [c.word for c in on], places.amax(1), None
 
     def forward_of(plain):
         def forward(sample, timestep, *args, **kwargs):
+            nonlocal r
             time = 1 - float(timestep) / last
             where = joint.where(lambda a: a.at(time))
-            edits = [joint(present, [c.word for c in on], texts, now) for now in where]
+            now = Words(c.word for c in on if c.acting.at(time))
+            each = members(joint.acting, now)
+            if present[:, [words.index(word) for word in each]].sum(1).gt(1).any():
+                if r is None:
+                    with (edited(projections, joint(present, words, texts, now - each)),
+                          reads(way_up(unet), places, sample.shape[-2:]) as found):
+                        plain(sample, timestep, *args, **kwargs)
+                    r = torch.stack(found).mean(0)
+                where = split(where, joint.acting, words, r)
+            edits = [joint(present, words, texts, of) for of in where]
             swap = (edited(projections, *edits) if len(edits) == 1 else
                     blended(unet, projections, edits, Blend(where.values(), sample.shape[-2:])))
             with swap:

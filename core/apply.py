@@ -6,16 +6,20 @@ it was. Applying twice makes one wrapper of both lists: the projection is joint,
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .acting import AS_ENCODED
+from .apart import members, split
+from .apart_comfy import begun, read_once
 from .concept import BASES, Concept
 from .joint_edit import JointEdit, check_fit
 from .key_lock import edited, unit
-from .prompt import PRESENT, TEXTS, VERSIONS, WORDS, Token, embedding, superclass_ids, tokenizers, with_word
-from .region import Blend, blended
+from .prompt import PLACES, PRESENT, TEXTS, VERSIONS, WORDS, Token, embedding, superclass_ids, tokenizers, with_word
+from .region import Blend, Words, blended
 from .where import RUN
 
 KEY = "perfusion"
@@ -74,21 +78,35 @@ class ConceptWrapper:
         self.concepts, self.edit_negative, self.edit = concepts, edit_negative, JointEdit(concepts)
         self.timed = any(c.acting.timed for c in concepts)
 
+    def _acts(self, model, t):
+        return window(model.model_sampling, t[0].item()) if self.timed else lambda acting: True
+
     def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        words, present = kwargs.pop(WORDS, ()), kwargs.pop(PRESENT, None)
-        versions, texts = kwargs.pop(VERSIONS, ()), kwargs.pop(TEXTS, None)
-        if present is None:  # encoded by a CLIP that knows none of the words
-            words, present = (), torch.zeros(1, 0)
-        none = present.new_zeros(len(present))
-        columns = [present[:, words.index(c.word)] if c.word in words else none for c in self.concepts]
+        words, said = kwargs.pop(WORDS, ()), kwargs.pop(PRESENT, None)
+        versions, texts, places = kwargs.pop(VERSIONS, ()), kwargs.pop(TEXTS, None), kwargs.pop(PLACES, None)
+        if said is None:  # encoded by a CLIP that knows none of the words
+            words, said = (), torch.zeros(1, 0)
+        none = said.new_zeros(len(said))
+        columns = [said[:, words.index(c.word)] if c.word in words else none for c in self.concepts]
         present = torch.stack(columns, dim=1)
         if self.edit_negative:
             present = present.where(present != 0, 1.0)
         texts = dict(zip(versions, texts.chunk(len(versions), -1))) if versions else {}
         model, present = executor.class_obj, present.to(x.device)  # the host leaves the marks on the CPU
-        where = self.edit.where(window(model.model_sampling, t[0].item()) if self.timed else lambda acting: True)
-        edits = [self.edit(present, words, texts, on) for on in where]
-        found = projections(model.diffusion_model)
+        found, acts = projections(model.diffusion_model), self._acts(model, t)
+        where, edit = self.edit.where(acts), partial(self.edit, present, words, texts)
+        now = Words(word for word, acting in self.edit.acting.items() if word in words and acts(acting))
+        together = [words.index(word) for word in members(self.edit.acting, now)]
+        # where another node has lengthened the prompts nobody knows where in them a word stands
+        if (said[:, together] != 0).sum(1).gt(1).any() and c_crossattn.shape == texts[AS_ENCODED].shape:
+            def call():
+                maps = control and {name: [*of] for name, of in control.items()}  # the model takes them out
+                with edited(found, edit(now - members(self.edit.acting, now))):
+                    executor(x, t, c_concat, c_crossattn, maps, transformer_options, **kwargs)
+
+            r = read_once(x, places, transformer_options, model.diffusion_model, call)
+            where = where if r is None else split(where, self.edit.acting, words, r)
+        edits = [edit(on) for on in where]
         attention, run = layers(model.diffusion_model), transformer_options.get(RUN)
         blend = Blend(where.values(), x.shape[-2:])
         swap = edited(found, *edits) if len(edits) == 1 else blended(attention, found, edits, blend)
@@ -105,7 +123,8 @@ def applied(model) -> tuple[Concept, ...]:
 def plain(model):
     """The MODEL without the concepts that it carries."""
     model = model.clone()
-    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    for kind in WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE:
+        model.remove_wrappers_with_key(kind, KEY)
     return model
 
 
@@ -136,4 +155,6 @@ def apply(model, clip, concept: Concept, edit_negative: bool = False, heard=None
         w.edit_negative for w in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)))
     model = plain(model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    if members(wrapper.edit.acting, Words(wrapper.edit.acting)):
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, begun)
     return model, clip

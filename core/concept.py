@@ -90,6 +90,10 @@ class Concept:
         """The same concept with the paper's gate, β and τ."""
         return self.replace(bias=bias, temperature=temperature)
 
+    def kept_apart(self, apart: bool) -> "Concept":
+        """The same concept, kept apart from others in one picture or not (apart.py)."""
+        return self.replace(acting=replace(self.acting, apart=apart))
+
     def replace(self, **changes) -> "Concept":
         return replace(self, **changes)
 

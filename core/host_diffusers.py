@@ -126,11 +126,11 @@ def words_of(pipe, concepts: Sequence[Concept]) -> dict[str, Token]:
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts: list[str], concepts: Sequence[Concept] = ()) -> tuple[Tensor, Tensor]:
-    """Text encodings (b, n, d) of prompts that may hold the concepts' words, and `present` (b, j) for `JointEdit` of
-    those concepts that are not off. The word of one that is off becomes its superclass word."""
+    """Text encodings (b, n, d) of prompts that may hold the concepts' words, and where in them (b, n, j) stand those of
+    concepts that are not off. The word of one that is off becomes its superclass word."""
     encodings, marks = read(encoders(pipe), prompts, words_of(pipe, concepts))
     on = torch.tensor([k for k, concept in enumerate(concepts, 1) if not concept.off], dtype=torch.long)
-    return encodings, (marks[..., None] == on).any(1).float().to(encodings.device)
+    return encodings, (marks[..., None] == on).float().to(encodings.device)
 
 
 @torch.no_grad()
@@ -140,17 +140,17 @@ def pictures(pipe, prompts: list[str], concepts: Sequence[Concept] = (), negativ
 
     `seeds` are one a prompt, 0, 1, 2 … unless given; `size` is (H, W), the pipeline's own unless given.
     """
-    options, present, texts = {}, [], []
+    options, at, texts = {}, [], []
     for kind, lines in ("negative_", [negative] * len(prompts)), ("", prompts):
         options[f"{kind}prompt_embeds"], named = encode_prompts(pipe, lines, concepts)
-        present.append(named)
+        at.append(named)
         words = words_of(pipe, concepts)
         texts.append(texts_of(encoders(pipe), lines, concepts, words, options[f"{kind}prompt_embeds"]))
         if base_of(pipe) == "sdxl":
             options[f"{kind}pooled_prompt_embeds"] = pooled(encoders(pipe), lines, words)
     # the pipeline's rows are those of negative prompts, then positive ones; without guidance the latter alone
     both = guidance > 1
-    rows = torch.cat(present) if both else present[1]
+    rows = torch.cat(at) if both else at[1]
     texts = {back: torch.cat([texts[0][back], text]) if both else text for back, text in texts[1].items()}
     height, width = size or (None, None)
     last = len(pipe.scheduler.alphas_cumprod) - 1

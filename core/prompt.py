@@ -19,10 +19,12 @@ from comfy.sd1_clip import SDTokenizer
 from torch import Tensor
 
 from .acting import Acting, Words, versions
+from .apart import members
 from .gate_reading import similarities, word_rows
 
 # Names in the conditioning, and the wrapper's keyword arguments.
 WORDS, PRESENT, VERSIONS, TEXTS = "perfusion_words", "perfusion_gate", "perfusion_versions", "perfusion_texts"
+PLACES = "perfusion_places"  # (1, n, j): where in the prompt the words stand, for those that are kept apart
 SAID = "perfusion_said"  # in the conditioning: its rows of words, and {concept's word: (what its gate sees, weight)}
 
 
@@ -77,7 +79,8 @@ class WordEncoder:
     def __init__(self, plain, words: dict[str, Token], tokenizers: dict[str, SDTokenizer]):
         self.plain, self.words, self.tokenizers = plain, words, tokenizers
         self.marked = tuple(word for word, token in words.items() if token.vector)
-        self.versions = versions({word: words[word].acting for word in self.marked})
+        acting = {word: words[word].acting for word in self.marked}
+        self.versions, self.apart = versions(acting), members(acting, Words(acting))
 
     def __call__(self, tokens):
         cond, pooled, *extra = self.plain(tokens)
@@ -93,6 +96,8 @@ class WordEncoder:
         if len(self.versions) > 1:
             texts = torch.cat([answers[version & said][0] for version in self.versions], -1)
             conds |= {VERSIONS: CONDConstant(self.versions), TEXTS: CONDCrossAttn(texts)}
+        if self.apart:
+            conds[PLACES] = CONDCrossAttn(self._places(tokens))
         return cond, answers[said][1], {**(extra[0] if extra else {}), "model_conds": conds,
                                             SAID: self._said(tokens, cond, weights)}
 
@@ -109,6 +114,11 @@ class WordEncoder:
                 if word in weights:
                     said[word] = seen, weights[word]
         return word_rows(chunks, self.tokenizers[name]), said
+
+    def _places(self, tokens) -> Tensor:
+        key, chunks = next(iter(tokens.items()))
+        said = [self._word(key, t) for chunk in chunks for t, _ in chunk]
+        return torch.tensor([[[float(word == one) for one in self.marked] for word in said]])
 
     def _word(self, key, t):
         return next((word for word in self.marked if t is self.words[word].vector.get(f"clip_{key}")), None)

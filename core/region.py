@@ -44,19 +44,23 @@ def grid(queries: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 class Blend:
-    """The answers of one model call's layers, from those of p sets with shares (1, h, w), for latents of a size."""
+    """The answers of one call's layers, from those of p sets with shares (1 or b, h, w), for latents of a size."""
 
     def __init__(self, shares: Sequence[Tensor], size: tuple[int, int]):
-        self.shares, self.size, self.maps = torch.stack(list(shares)), size, {}  # (p, 1, h, w)
+        self.shares, self.size, self.maps = torch.stack(torch.broadcast_tensors(*shares), 1), size, {}  # (b, p, h, w)
+
+    def row(self, k: int) -> "Blend":
+        """The blend of one row alone."""
+        return Blend(self.shares[k : k + 1].unbind(1), self.size) if len(self.shares) > 1 else self
 
     def __call__(self, answers: Tensor) -> Tensor:
         """(b, q, d) of (b, p, q, d). Where all sets answer the same the blend is that, to the bit."""
         queries = answers.shape[2]
         if queries not in self.maps:
             small = interpolate(self.shares.to(answers.device), grid(queries, self.size), mode="area")
-            self.maps[queries] = small.flatten(1)[..., None].to(answers.dtype)  # (p, q, 1)
+            self.maps[queries] = small.flatten(2)[..., None].to(answers.dtype)  # (b, p, q, 1)
         first, *others = answers.unbind(1)
-        _, *weights = self.maps[queries]
+        _, *weights = self.maps[queries].unbind(1)
         return first + sum(weight * (other - first) for weight, other in zip(weights, others))
 
 

@@ -58,8 +58,8 @@ def sweep(model, clip, concept: Concept, strengths: str, concept_b: Concept | No
 
     Each is what Gate Strength and Apply give. Raises ValueError with a sentence.
     """
-    columns = [concept.at(s) for s in strengths_in(strengths)]
-    rows = [(concept_b.at(s),) for s in strengths_in(strengths_b)] if concept_b else [()]
+    columns = [concept.at(s).kept_apart(True) for s in strengths_in(strengths)]
+    rows = [(concept_b.at(s).kept_apart(True),) for s in strengths_in(strengths_b)] if concept_b else [()]
     check_number(len(rows) * len(columns))
     made = []
     for row in rows:

@@ -94,7 +94,7 @@ class Run:
             words = words.to(g)[torch.arange(g.shape[1]) % len(words)]  # the host repeats a shorter prompt
             sides = zip(*(t.unflatten(0, (len(named), -1))[row] for t in (q, k, g * words[:, None])))  # p of them
             heat = torch.stack([reading(*side, heads) for side in sides])
-            self.sums[size][row % self.pictures] += blend(heat[None])[0]
+            self.sums[size][row % self.pictures] += blend.row(row)(heat[None])[0]
         self.counts = self.counts + named.view(-1, self.pictures, named.shape[-1]).sum(0)
 
     def heat(self) -> Tensor:

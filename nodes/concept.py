@@ -116,6 +116,10 @@ class ApplyConcept(io.ComfyNode):
                 io.Boolean.Input("edit_negative", default=False, **known(io.Boolean.Input, advanced=True),
                                  tooltip="Edit prompts without the word too, such as the negative one, as the "
                                          "research code does. Off leaves them as they are."),
+                io.Boolean.Input("keep_apart", default=True, optional=True, **known(io.Boolean.Input, advanced=True),
+                                 tooltip="Where a prompt names several concepts, each acts in the part of the picture "
+                                         "that its word is drawn in, so that they do not mix. Off for a concept that "
+                                         "belongs everywhere, such as a style."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the concept."),
@@ -125,8 +129,8 @@ class ApplyConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, concept, edit_negative=False) -> io.NodeOutput:
-        heard, prompts = gate_listener(concept)
+    def execute(cls, model, clip, concept, edit_negative=False, keep_apart=True) -> io.NodeOutput:
+        concept, (heard, prompts) = concept.kept_apart(keep_apart), gate_listener(concept)
         # `prompts` fills while prompts are encoded, later; the host sends it at the end of runs that need not encode
         return io.NodeOutput(*apply(model, clip, concept, edit_negative, heard), ui={"perfusion_heard": (prompts,)})
 

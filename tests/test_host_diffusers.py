@@ -103,7 +103,8 @@ def test_what_is_learnt_makes_the_error_on_the_picture_smaller(pipe, host):
 
     def error(steps):
         learnt = tune(host, PICTURE, CREATURE, MIMI, replace(FAST, steps=steps)).raw(TRAIN_BIAS, TRAIN_TEMPERATURE)
-        context, present = encode_prompts(pipe, [f"a photo of a {MIMI}"], [learnt])
+        context, at = encode_prompts(pipe, [f"a photo of a {MIMI}"], [learnt])
+        present = at.amax(1)
         with torch.no_grad(), edited(host.projections, JointEdit((learnt,))(present)):
             return host.errors(latents, noise, times, context.expand(32, -1, -1), "a photo of a creature").mean()
 
@@ -197,7 +198,8 @@ def test_a_picture_is_of_the_prompt_the_seed_and_the_gate(pipe, mimi, guidance):
 @torch.no_grad()
 def test_the_prompt_is_edited_and_guided_away_from_the_plain_negative(pipe, mimi):
     made = pictures(pipe, [f"a {MIMI}"], [mimi.at(1)], "blue", guidance=4.0, seeds=[3], **SMALL)
-    (context, present), (plain, _) = (encode_prompts(pipe, [text], [mimi.at(1)]) for text in (f"a {MIMI}", "blue"))
+    (context, at), (plain, _) = (encode_prompts(pipe, [text], [mimi.at(1)]) for text in (f"a {MIMI}", "blue"))
+    present = at.amax(1)
     x = torch.randn(1, mini_models.CHANNELS, 8, 8, generator=torch.Generator().manual_seed(3))
     pipe.scheduler.set_timesteps(2)
     for t in pipe.scheduler.timesteps:

@@ -19,7 +19,7 @@ PROMISED = {
     "PerfusionSaveConcept": "concept name cover precision",
     "PerfusionLoadConcept": "concept_name embedded sha256",
     "PerfusionGateStrength": "concept strength bias_mode bias temperature start_percent end_percent lock region",
-    "PerfusionApplyConcept": "model clip concept edit_negative",
+    "PerfusionApplyConcept": "model clip concept edit_negative keep_apart",
     "PerfusionDemoModel": "",
     "PerfusionDemoPicture": "picture",
     "PerfusionLoadDomain": "domain_name",

@@ -81,7 +81,7 @@ def test_two_concepts_make_rows_and_columns(world):
     assert labels == ["<mimi> 0 · <rex> .05", "<mimi> .5 · <rex> .05", "<mimi> 1 · <rex> .05",
                       "<mimi> 0 · <rex> 1", "<mimi> .5 · <rex> 1", "<mimi> 1 · <rex> 1"]
     prompt = "<rex> and <mimi>"
-    model, clip = apply(w, w.cat.at(0.5), w.dog.at(1))
+    model, clip = apply(w, w.cat.at(0.5).kept_apart(True), w.dog.at(1).kept_apart(True))
     assert torch.equal(picture(models[4], clips[4], prompt), picture(model, clip, prompt))
     model, clip = apply(w, w.dog.at(1))
     assert torch.equal(picture(models[3], clips[3], prompt), picture(model, clip, "<rex> and cat"))

@@ -327,7 +327,8 @@ def test_the_predictions_agree_under_a_global_lock(pair, kind, locks):
 def test_a_global_locks_keys_are_those_of_the_superclass_prompt_to_the_bit(pair, kind):
     w = pair(kind)
     mimi = w.concepts[0].replace(acting=Acting(lock="global"))
-    context, present = hd.encode_prompts(w.pipe, [f"a red {MIMI} in the snow"], [mimi])
+    context, at = hd.encode_prompts(w.pipe, [f"a red {MIMI} in the snow"], [mimi])
+    present = at.amax(1)
     plain, _ = hd.encode_prompts(w.pipe, [f"a red {w.cat} in the snow"])
     texts = texts_of(hd.encoders(w.pipe), [f"a red {MIMI} in the snow"], [mimi], hd.words_of(w.pipe, [mimi]), context)
     edit = JointEdit((mimi,))(present, [MIMI], texts)
@@ -353,6 +354,19 @@ def test_the_predictions_agree_where_concepts_act_in_regions(pair, kind, locks):
     torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
     assert (here - everywhere).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
     assert torch.equal(here[1], everywhere[1]) and torch.equal(here[3], everywhere[3])
+
+
+@every_kind
+def test_the_predictions_agree_where_concepts_are_kept_apart(pair, kind):
+    w = pair(kind)
+    concepts = [c.kept_apart(True) for c in w.concepts]
+    with torch.inference_mode():
+        here, there = predictions(w, concepts)
+        joint, _ = predictions(w, w.concepts)
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    moved = (here - joint).abs().amax((1, 2, 3))
+    assert moved[[0, 2]].max() > 1e-3
+    assert torch.equal(here[1], joint[1]) and torch.equal(here[3], joint[3])
 
 
 @every_kind

@@ -1,0 +1,185 @@
+"""Concepts that are kept apart: whose each place is, against attention recomputed, and whole pictures in the host."""
+
+import comfy.controlnet
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+
+import nodes
+from perfusion.core.acting import Acting, versions
+from perfusion.core.apart import KAPPA, members, split
+from perfusion.core.prompt import PLACES
+
+import applied
+from applied import KINDS, apply, encode, near, sample, swapped
+
+pytestmark = pytest.mark.host
+
+inference, world = applied.inference, applied.world  # fixtures
+A, B, AB, NONE, APART = frozenset("a"), frozenset("b"), frozenset("ab"), frozenset(), Acting(apart=True)
+BOTH = "a <mimi> beside a <rex>"
+
+
+def kept(*concepts):
+    return [concept.kept_apart(True) for concept in concepts]
+
+
+def pictures(w, *concepts, prompt=BOTH, model=None, **options):
+    model, clip = apply(w, *concepts, model=model)
+    return sample(model, encode(clip, prompt), encode(clip, "blurry"), **options)
+
+
+def inner(w):
+    """How often the UNet itself is called, in a list that fills."""
+    count = []
+    return count, w.model.model.diffusion_model.register_forward_hook(lambda *_: count.append(1))
+
+
+# Whose a place is
+
+
+def test_of_one_alone_or_of_one_that_belongs_everywhere_nothing_is_kept_apart():
+    assert members({"a": APART, "b": Acting()}, AB) == members({"a": APART, "b": APART}, A) == NONE
+    assert members({"a": APART, "b": APART, "c": Acting()}, frozenset("abc")) == AB
+
+
+def test_shares_are_by_the_fourth_power_of_what_is_read_and_sum_to_one_in_every_place():
+    r = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    r[2] = 0  # a row that names neither
+    found = split({AB: torch.ones(1, 1, 1)}, {"a": APART, "b": APART}, ("a", "b"), r)
+    assert set(found) == {A, B} and KAPPA == 4
+    torch.testing.assert_close(found[A] + found[B], torch.ones(3, 4, 4))
+    torch.testing.assert_close(found[A][:2] / found[B][:2], (r[:2, 0] / r[:2, 1]) ** 4)
+
+
+def test_a_row_that_names_one_gives_it_every_place():
+    r = torch.stack([torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1, torch.zeros(1, 4, 4)], 1)
+    found = split({AB: torch.ones(1, 1, 1)}, {"a": APART, "b": APART}, ("a", "b"), r)
+    assert torch.equal(found[A], torch.ones(1, 4, 4)) and torch.equal(found[B], torch.zeros(1, 4, 4))
+
+
+def test_a_style_acts_everywhere_and_a_region_is_parted_only_where_two_have_a_share():
+    acting = {"a": APART, "b": APART, "s": Acting()}
+    r, left = torch.ones(1, 2, 4, 4), torch.zeros(1, 8, 8)
+    left[..., :4] = 1
+    found = split({frozenset("abs"): left, frozenset("as"): 1 - left}, acting, ("a", "b", "s"), r)
+    torch.testing.assert_close(found, {frozenset("as"): left / 2 + 1 - left, frozenset("bs"): left / 2})
+
+
+def test_the_versions_hold_each_alone_and_none_of_them():
+    a, b = frozenset("a"), frozenset("b")
+    assert versions({"a": APART, "b": APART}) == (NONE, a, a | b, b)
+    assert versions({"a": APART, "b": Acting()}) == versions({"a": APART}) == (NONE,)
+
+
+@pytest.mark.parametrize("kind", ("sd1", "sdxl"))
+def test_the_host_is_told_where_the_words_stand(world, kind):
+    w = world(kind)
+    _, clip = apply(w, *kept(w.cat, w.dog))
+    tokens = next(iter(clip.tokenize(BOTH).values()))[0]
+    at = [k for k, (t, _) in enumerate(tokens) if torch.is_tensor(t)]
+    places = encode(clip, BOTH)[0][1]["model_conds"][PLACES].cond
+    assert places.shape == (1, 77, 2) and places.nonzero()[:, 1:].tolist() == [[at[0], 0], [at[1], 1]]
+    _, clip = apply(w, w.cat.kept_apart(True), w.dog)
+    assert PLACES not in encode(clip, BOTH)[0][1]["model_conds"]
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_that_are_named_are_drawn_otherwise_and_in_any_order(world, kind):
+    w = world(kind)
+    made = pictures(w, *kept(w.cat, w.dog))
+    assert near(made, pictures(w, *kept(w.dog, w.cat)))
+    assert not near(made, pictures(w, w.cat, w.dog), 1e-4)
+    assert near(pictures(w, *kept(w.cat, w.dog), batch=2)[:1], made)
+    assert swapped(w.model) == []
+
+
+@pytest.mark.parametrize("kind", ("sd1", "sdxl"))
+def test_a_prompt_that_names_one_is_drawn_as_without_the_others(world, kind):
+    w = world(kind)
+    for prompt in "a <mimi>, red", "a cat":
+        assert near(pictures(w, *kept(w.cat, w.dog, w.toy), prompt=prompt), pictures(w, w.cat, prompt=prompt))
+
+
+def test_one_that_belongs_everywhere_is_not_parted_from(world):
+    w = world()
+    assert torch.equal(pictures(w, w.cat.kept_apart(True), w.dog), pictures(w, w.cat, w.dog))
+
+
+def test_of_those_that_are_off_nothing_is_left(world):
+    w = world()
+    assert near(pictures(w, *kept(w.cat, w.dog.at(0))), pictures(w, w.cat, prompt="a <mimi> beside a dog"))
+
+
+@pytest.mark.parametrize("steps", (2, 4))
+def test_it_costs_one_call_of_the_model_a_run(world, steps):
+    w = world()
+    model, clip = apply(w, *kept(w.cat, w.dog))
+    both, one, negative = (encode(clip, prompt) for prompt in (BOTH, "a <mimi>", ""))
+    count, hook = inner(w)
+    try:
+        for prompt, more in ((both, 1), (one, 0), (both, 1)):  # a second run asks again
+            count.clear()
+            sample(model, prompt, negative, steps)
+            assert len(count) == steps + more
+    finally:
+        hook.remove()
+
+
+def test_what_is_read_is_of_the_superclass_words_and_of_a_run_of_its_own(world):
+    """Whatever the concepts are, whose a place is depends on their words' places alone: strength changes no share."""
+    w = world()
+    first = pictures(w, *kept(w.cat, w.dog))
+    model, clip = apply(w, *kept(w.cat, w.dog))
+    words = encode(clip, BOTH), encode(clip, "blurry")
+    sample(model, *words, steps=3)
+    assert torch.equal(sample(model, *words), first)
+
+
+def test_the_wrapper_of_a_run_is_there_once_and_only_where_two_are_kept_apart(world):
+    w = world()
+    for concepts, many in ((kept(w.cat), 0), (kept(w.cat, w.dog), 1), (kept(w.cat, w.dog, w.toy), 1),
+                           ([w.cat, w.dog], 0)):
+        model, _ = apply(w, *concepts)
+        assert len(model.get_all_wrappers(WrappersMP.OUTER_SAMPLE)) == many
+
+
+def test_a_prompt_that_another_node_has_lengthened_is_drawn_jointly(world):
+    w, made = world(), []
+    for concepts in kept(w.cat, w.dog), (w.cat, w.dog):
+        model, clip = apply(w, *concepts)
+        joined, = nodes.ConditioningConcat().concat(encode(clip, BOTH), encode(clip, "snow"))
+        made.append(sample(model, joined, encode(clip, "")))
+    assert near(*made)
+
+
+def test_a_long_prompt_is_parted_by_words_in_every_chunk(world):
+    w = world()
+    long = f"a <mimi> {' '.join(['tree'] * 90)} a <rex>"
+    assert not near(pictures(w, *kept(w.cat, w.dog), prompt=long), pictures(w, w.cat, w.dog, prompt=long), 1e-4)
+
+
+def test_a_control_that_the_model_takes_out_acts_in_the_drawing_call_as_well(world):
+    """A ControlNet's maps are lists that a call of the UNet empties."""
+    w = world()
+
+    class Constant(comfy.controlnet.ControlBase):
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            r = torch.Generator().manual_seed(1)
+            return {"output": [], "input": [], "middle": [torch.randn(1, 1, 1, 1, generator=r).expand(
+                1, w.model.model.diffusion_model.middle_block[0].channels, 1, 1)]}
+
+        def copy(self):
+            return self
+
+    effects = []
+    for concepts in kept(w.cat, w.dog), (w.cat, w.dog):
+        model, clip = apply(w, *concepts)
+        words = encode(clip, BOTH), encode(clip, "")
+        controlled = [[(c, {**more, "control": Constant(), "control_apply_to_uncond": True}) for c, more in of]
+                      for of in words]
+        effects.append((sample(model, *controlled, steps=1) - sample(model, *words, steps=1)).abs().max())
+    assert effects[0] > effects[1] / 2
