@@ -16,6 +16,7 @@ COMMANDS = {
     "domain": "train the domain of creatures, after `world`",
     "far": "print what becomes of pictures that are no creatures",
     "dial": "draw creatures at every strength of our dial, and at those of its peers",
+    "composition": "draw several concepts on one model, and two or three of them in one picture",
     "styles": "train a domain of drawing styles, and score what it makes of one picture",
     "e4t": "train the domains that it is measured against",
     "tower": "print what the vision tower's class tokens say of a creature",

@@ -91,9 +91,11 @@ class Peer:
         return loss.item()
 
     @torch.no_grad()
-    def draw(self, prompts: list[str], seeds: list[int], sampling: int, guidance: float) -> Tensor:
-        """Pictures (b, H, W, 3) of b prompts that may hold the word, each with its own of b seeds."""
-        words = {self.word: Token(self.embedding, self.host.ids)}
+    def draw(self, prompts: list[str], seeds: list[int], sampling: int, guidance: float, others={}) -> Tensor:
+        """Pictures (b, H, W, 3) of b prompts that may hold the word, or one of others by its embedding, each with its
+        own of b seeds."""
+        known = {self.word: self.embedding} | others
+        words = {word: Token(embedding, self.host.ids) for word, embedding in known.items()}
         texts, empty = (read(self.host.encoders, lines, words)[0] for lines in (prompts, [""] * len(prompts)))
         made = self.host.pipe(
             prompt_embeds=texts, negative_prompt_embeds=empty, num_inference_steps=sampling, guidance_scale=guidance,
