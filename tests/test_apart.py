@@ -177,9 +177,9 @@ def test_a_control_that_the_model_takes_out_is_there_for_the_drawing_call_as_wel
 
     model, clip = apply(w, *kept(w.cat, w.dog))
     words = encode(clip, BOTH), encode(clip, "")
-    controlled = [[(c, {**more, "control": Constant(), "control_apply_to_uncond": True}) for c, more in of]
+    control, found, unet = Constant(), [], w.model.model.diffusion_model
+    controlled = [[(c, {**more, "control": control, "control_apply_to_uncond": True}) for c, more in of]
                   for of in words]
-    found, unet = [], w.model.model.diffusion_model
     hook = unet.register_forward_pre_hook(lambda m, args, more: found.append(len(more["control"]["middle"])),
                                           with_kwargs=True)
     try:
