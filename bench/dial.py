@@ -8,7 +8,8 @@ and drawn in PROMPTS contexts unlike its picture's, SEEDS times each, from the s
                   the superclass word's by s as well, as our dial does
     dreambooth, textual-inversion    after some steps
 
-A creature's scores are kept in a file of their own beside those of `bench creatures`, by the same rules.
+A creature's scores are kept in a file of their own beside those of `bench creatures`, by the same rules. When
+all are there, or with `--again`, dial_table.py makes a table and a picture of them.
 """
 
 import argparse
@@ -128,10 +129,15 @@ def run(host: DiffusersHost, k: int) -> list[dict]:
 
 
 def main():
+    from . import dial_table  # which imports this file
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=32, help="how many test creatures")
     parser.add_argument("--shard", default="0/1", help="this process's share: 0/2 is the first of two")
+    parser.add_argument("--again", action="store_true", help="only gather what was run")
     arguments = parser.parse_args()
+    if arguments.again:
+        return dial_table.gather()
     if not arguments.shard.endswith("/1"):
         torch.set_num_threads(1)
     host = DiffusersHost(miniature(), SUPERCLASS, DEMO)
@@ -144,3 +150,5 @@ def main():
             path.with_suffix(".part").replace(path)
             dial = [row["identity"] for row in done["rows"] if row["method"] == "quick-tune"]
             print(path.stem, dial[::5], flush=True)
+    if shards == 1:
+        dial_table.gather()

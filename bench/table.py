@@ -77,21 +77,22 @@ def paired(a, b, of_a, of_b, steps):
             yield {"a": a, "b": b, "steps": steps, "metric": metric, "mean": mean, "se": se, "n": len(each)}
 
 
-def level(method, peer, dial, other, steps):
-    """The difference in identity between a dial, {strength: rows}, and another point, at the latter's alignment."""
+def level(method, peer, dial, other, steps, by="alignment", of_what="identity"):
+    """The difference in identity between a dial, {strength: rows}, and another point, at the latter's alignment; or the
+    other way round."""
     def each(of, metric):
         return by_creature({at: row[metric] for at, row in of.items()})
 
     if not dial or not other:
         return
-    at = {statistics.fmean(each(of, "alignment").values()): each(of, "identity") for of in dial.values()}
-    wanted, theirs = statistics.fmean(each(other, "alignment").values()), each(other, "identity")
+    at = {statistics.fmean(each(of, by).values()): each(of, of_what) for of in dial.values()}
+    wanted, theirs = statistics.fmean(each(other, by).values()), each(other, of_what)
     low = max((a for a in at if a <= wanted), default=min(at))
     high = min((a for a in at if a > wanted), default=max(at))
     share = (wanted - low) / (high - low) if low < wanted < high else 0.0
     lead = [(1 - share) * at[low][k] + share * at[high][k] - theirs[k] for k in at[low].keys() & theirs.keys()]
     mean, _, se = mean_se(lead)
-    yield {"a": method, "b": peer, "steps": f"{steps}, level", "metric": "identity", "mean": mean, "se": se,
+    yield {"a": method, "b": peer, "steps": f"{steps}, level", "metric": of_what, "mean": mean, "se": se,
            "n": len(lead)}
 
 
