@@ -17,10 +17,11 @@ COMMANDS = {
     "far": "print what becomes of pictures that are no creatures",
     "dial": "draw creatures at every strength of our dial, and at those of its peers",
     "composition": "draw several concepts on one model, and two or three of them in one picture",
+    "composition-speed": "time what several concepts cost while a picture is made, in ComfyUI",
     "styles": "train a domain of drawing styles, and score what it makes of one picture",
     "e4t": "train the domains that it is measured against",
     "tower": "print what the vision tower's class tokens say of a creature",
-    "all": "learning rates, all methods, the table, `far` and `styles`",
+    "all": "learning rates, all methods, the tables, `dial`, `composition`, `far` and `styles`",
     "quick": "a few other creatures in ten minutes",
     "creatures": "personalise held-out creatures, or a share of them",
     "table": "draw the table and the picture of the results",
@@ -41,7 +42,8 @@ def main():
 
     enter(cpu=True)
     modules = {"world": "make_world", "reader": "train_reader", "help": "help_pictures"}
-    module = importlib.import_module(f"perfusion.bench.{modules.get(chosen.command, chosen.command)}")
+    name = modules.get(chosen.command, chosen.command.replace("-", "_"))
+    module = importlib.import_module(f"perfusion.bench.{name}")
     sys.argv = [f"python -m bench {chosen.command}", *rest]
     module.main()
 

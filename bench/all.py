@@ -14,11 +14,11 @@ from .make_world import cores
 SEARCHED, SCORED, LONG, SHORT = 4, 32, 8, 150
 
 
-def shared(*arguments):
-    """Run `bench creatures` with these arguments in as many processes as there are cores, or in one on a GPU."""
+def shared(*arguments, command="creatures"):
+    """Run a command of the bench with these arguments in as many processes as there are cores, or in one on a GPU."""
     shards = 1 if DEVICE == "cuda" else cores()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if shards > 1 else None
-    each = [subprocess.Popen([sys.executable, "-m", "bench", "creatures", *map(str, arguments), "--shard",
+    each = [subprocess.Popen([sys.executable, "-m", "bench", command, *map(str, arguments), "--shard",
                               f"{k}/{shards}"], cwd=ROOT, env=environment) for k in range(shards)]
     if any([process.wait() for process in each]):  # the list waits for all of them
         raise SystemExit("A shard failed; see above. Run it again to go on.")
@@ -42,5 +42,7 @@ def main():
         shared("--n", LONG, "--seeds", 1, "--pictures", 5, "--steps", SHORT)
     # what five steps add to what was encoded is small, and wants as many creatures again
     shared("--methods", "quick-tune", "--first", SCORED, "--n", SCORED, "--seeds", 1, "--steps", 5)
-    for last in (["table", "--again"], ["far"], ["styles"]):
+    shared("--n", SCORED, command="dial")
+    shared("--n", SCORED, command="composition")
+    for last in (["table", "--again"], ["dial", "--again"], ["composition", "--again"], ["far"], ["styles"]):
         subprocess.run([sys.executable, "-m", "bench", *last], cwd=ROOT, check=True)

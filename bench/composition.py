@@ -9,7 +9,8 @@ Drawn are PROMPTS contexts, SEEDS times each, with the word of one, of a pair or
     three    joint and apart; in this world a picture holds two subjects, so two can be read and no more
 
 A creature is *present* where what is read of its place is nearer to it than to the others that are asked for and to as
-many of the gallery as make eight. `--shard` shares the groups out; figures go to bench/results/composition.json.
+many of the gallery as make eight. `--shard` shares the groups out. When all are there, or with `--again`,
+composition_table.py makes a table of them; the time that it takes is composition_speed.py's.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from ..core.concept import Concept
 from ..core.host_diffusers import DiffusersHost
 from ..core.key_lock import cosines, overlap
 from ..core.tune import Tuning
-from . import creatures, metrics, world
+from . import composition_table, creatures, metrics, world
 from . import reader as judge
 from .creatures import EMBEDDING_RATE, runs_folder
 from .dial import PROMPTS, SEEDS, Sitter
@@ -198,7 +199,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=32, help="how many test creatures, in groups of eight")
     parser.add_argument("--shard", default="0/1", help="this process's share: 0/2 is the first of two")
+    parser.add_argument("--again", action="store_true", help="only gather what was run")
     arguments = parser.parse_args()
+    if arguments.again:
+        return composition_table.gather()
     if not arguments.shard.endswith("/1"):
         torch.set_num_threads(1)
     host = DiffusersHost(miniature(), SUPERCLASS, DEMO)
@@ -210,3 +214,5 @@ def main():
             path.with_suffix(".part").write_text(json.dumps(done, allow_nan=False), encoding="utf-8")
             path.with_suffix(".part").replace(path)
             print(path.stem, flush=True)
+    if shards == 1:
+        composition_table.gather()
