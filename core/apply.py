@@ -98,7 +98,8 @@ class ConceptWrapper:
         now = Words(word for word, acting in self.edit.acting.items() if word in words and acts(acting))
         together = [words.index(word) for word in members(self.edit.acting, now)]
         # where another node has lengthened the prompts nobody knows where in them a word stands
-        if (said[:, together] != 0).sum(1).gt(1).any() and c_crossattn.shape == texts[AS_ENCODED].shape:
+        known = places is not None and c_crossattn.shape == texts[AS_ENCODED].shape
+        if known and (said[:, together] != 0).sum(1).gt(1).any():
             def call():
                 maps = control and {name: [*of] for name, of in control.items()}  # the model takes them out
                 with edited(found, edit(now - members(self.edit.acting, now))):

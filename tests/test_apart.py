@@ -187,3 +187,12 @@ def test_a_control_that_the_model_takes_out_is_there_for_the_drawing_call_as_wel
     finally:
         hook.remove()
     assert found == [1, 1]
+
+
+def test_a_clip_that_keeps_nothing_apart_is_drawn_jointly(world):
+    """Where MODEL and CLIP come from two chains of Apply."""
+    w = world()
+    parted, _ = apply(w, *kept(w.cat, w.dog))
+    joint, clip = apply(w, w.cat, w.dog)
+    words = encode(clip, BOTH), encode(clip, "")
+    assert torch.equal(sample(parted, *words), sample(joint, *words))

@@ -226,3 +226,18 @@ def test_heat_is_where_the_regions_are(world):
     assert torch.equal(latents, sample(model, *words))
     cat, dog = trace.of(latents).heat[0]
     assert cat[:, :4].sum() > 5 * cat[:, 4:].sum() and dog[:, 4:].sum() > 5 * dog[:, :4].sum()
+
+
+def test_heat_of_two_that_are_kept_apart_is_of_the_drawing_calls_alone(world):
+    w = world()
+    model, clip = apply(w, w.cat.kept_apart(True), w.dog.kept_apart(True))
+    twin, trace = traced(model)
+    words = encode(clip, "a <mimi> and a <rex>"), encode(clip, "")
+    latents = sample(twin, *words, batch=2)
+    assert torch.equal(latents, sample(model, *words, batch=2))
+    joint, clip = apply(w, w.cat, w.dog)
+    everywhere, other = traced(joint)
+    heat, whole = trace.of(latents).heat, other.of(sample(everywhere, encode(clip, "a <mimi> and a <rex>"),
+                                                          encode(clip, ""), batch=2)).heat
+    assert heat.shape == whole.shape == (2, 2, 8, 8)
+    assert 0 < heat.sum() < whole.sum()  # each acts in a part of what both acted in
