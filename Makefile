@@ -1,5 +1,5 @@
-# make demo · make test · make test-full · make test-e2e · make bench · make bench-quick SEED=n · make bench-speed · make world
-# make comfy · make lint
+# make demo · make test · make test-hosts · make test-full · make test-e2e · make bench · make bench-quick SEED=n
+# make bench-speed · make world · make comfy · make lint
 #
 # .venv is for development only; inside ComfyUI the pack needs nothing beyond what ComfyUI installs.
 
@@ -10,7 +10,7 @@ COMFYUI_REPOSITORY ?= https://github.com/comfyanonymous/ComfyUI
 COMFYUI_VERSION ?= v0.33.0
 RUN = PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest
 
-.PHONY: setup comfyui test test-full test-e2e bench bench-quick bench-speed world demo comfy lint clean
+.PHONY: setup comfyui test test-hosts test-full test-e2e bench bench-quick bench-speed world demo comfy lint clean
 
 setup: .venv/ready comfyui
 
@@ -35,6 +35,16 @@ comfyui: .venv/ready
 test: setup lint
 	OMP_NUM_THREADS=1 $(RUN) -m "not full and not e2e" tests
 	if [ -n "$(FOUND)" ]; then OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py -k sd1; fi
+
+# On every checkout of ComfyUI in HOSTS (paths with colons between them), each with the packages of its own that it pins.
+HOSTS ?= $(FOUND)
+test-hosts: setup
+	@set -e; for host in $$(echo "$(HOSTS)" | tr : " "); do \
+	  version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' $$host/comfyui_version.py); echo "== ComfyUI $$version"; \
+	  $(BIN)/pip install --quiet --no-deps --upgrade --target .venv/hosts/$$version $$(grep "^comfyui-" $$host/requirements.txt); \
+	  PYTHONPATH=$$PWD/.venv/hosts/$$version COMFYUI_PATH=$$host OMP_NUM_THREADS=1 \
+	    $(RUN) -m "host and not full and not e2e" tests; \
+	done
 
 test-full: setup
 	OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py

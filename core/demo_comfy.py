@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import comfy.model_management as memory
-import comfy.model_patcher
 import numpy as np
 import safetensors.torch
 import torch
@@ -25,6 +24,8 @@ from comfy.utils import calculate_parameters, unet_to_diffusers, weight_dtype
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
+
+from .host_versions import is_dynamic, known, new_patcher
 
 TABLE = "text_model.embeddings.token_embedding.weight"
 FIRST, ALL = "mimi", "all"  # of the pictures
@@ -102,10 +103,8 @@ def load_model(folder: Path, disable_dynamic: bool = False):
     config.set_inference_dtype(dtype, memory.unet_manual_cast(dtype, device, types))
     offload = memory.unet_offload_device()
     model = config.get_model(state, device=offload)
-    plain = comfy.model_patcher.ModelPatcher  # the only one in 0.3.64
-    patcher = (plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain))(
-        model, load_device=device, offload_device=offload)
-    model.diffusion_model.load_state_dict(state, assign=getattr(patcher, "is_dynamic", bool)())
+    patcher = new_patcher(model, device, offload, disable_dynamic)
+    model.diffusion_model.load_state_dict(state, assign=is_dynamic(patcher))
     patcher.cached_patcher_init = load_model, (folder,)  # from where the host makes copies with weights of their own
     return patcher
 
@@ -122,9 +121,9 @@ def load_clip(folder: Path, disable_dynamic: bool = False) -> CLIP:
     words = partial(SDTokenizer, tokenizer_path=str(folder / "tokenizer"), tokenizer_class=PreTrainedTokenizerFast,
                     tokenizer_args={"local_files_only": True}, embedding_size=table.shape[1])
     options = {"clip_l_model_config": config, "initial_device": torch.device("cpu")}  # to be filled before it moves
-    only_new = {"disable_dynamic": True} if disable_dynamic else {}  # 0.3.64 knows none, and never asks
     clip = CLIP(ClipTarget(partial(SD1Tokenizer, tokenizer=words), SD1ClipModel),
-                parameters=calculate_parameters(state), model_options=options, **only_new)
+                parameters=calculate_parameters(state), model_options=options,
+                **known(CLIP, disable_dynamic=disable_dynamic))
     clip.load_sd(state)
     clip.patcher.cached_patcher_init = load_text, (folder,)
     return clip

@@ -22,6 +22,7 @@ from . import apply as applying
 from . import weight_offset
 from .covariance import captions, frames, inverse_of
 from .fingerprint import exact, fingerprint, sample
+from .host_versions import is_dynamic
 from .prompt import Token, embedding, encoder, superclass_ids, tokenizers, with_word
 from .public_encoder import pooled_answers
 from .tower import Tower, hash_of
@@ -47,7 +48,7 @@ def without_inference(module: torch.nn.Module):
 
 def fixed(patcher):
     """A clone whose weights stay where they are: those that dynamic VRAM streams may be gone on the way back."""
-    return patcher.clone(disable_dynamic=True) if getattr(patcher, "is_dynamic", bool)() else patcher.clone()
+    return patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
 
 
 def load_to_learn(patchers, need: int):

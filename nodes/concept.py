@@ -5,9 +5,10 @@ from comfy_api.latest import io
 from ..core import concept as files
 from ..core.acting import Acting
 from ..core.apply import apply
+from ..core.host_versions import known
 from ..core.key_lock import TEMPERATURE
 from . import folders
-from .schema import CATEGORY, Concept, known
+from .schema import CATEGORY, Concept
 from .watch import gate, gate_listener, jpeg, tell
 
 

@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 
 from ..core.doctor_comfy import examine
+from ..core.host_versions import known
 from . import folders
-from .schema import CATEGORY, Concept, Domain, known
+from .schema import CATEGORY, Concept, Domain
 
 
 class ConceptDoctor(io.ComfyNode):

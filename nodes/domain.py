@@ -5,9 +5,10 @@ from comfy_api.latest import io
 from ..core import domain as files
 from ..core.domain_comfy import encode_concept, train_domain
 from ..core.encode import far
+from ..core.host_versions import known
 from ..core.school import Schooling
 from . import folders
-from .schema import CATEGORY, Concept, Domain, known
+from .schema import CATEGORY, Concept, Domain
 from .watch import Watch, tell
 
 

@@ -3,10 +3,11 @@
 from comfy_api.latest import io, ui
 
 from ..core.concept import dump
+from ..core.host_versions import known
 from ..core.quick_tune import quick_tune
 from ..core.tune import STEPS, STEPS_FROM_CONCEPT, TEMPLATES, Tuning, advised
 from . import folders
-from .schema import CATEGORY, Concept, known
+from .schema import CATEGORY, Concept
 from .watch import Watch, tell
 
 PREVIEW_EVERY = 10  # steps: four pictures in fifty, for a tenth of the time or so

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..core.host_versions import known
 from ..core.sweep import sweep
-from .schema import CATEGORY, Concept, known
+from .schema import CATEGORY, Concept
 
 STRENGTHS = "0, .25, .5, .75, 1"
 

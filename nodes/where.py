@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
+from ..core.host_versions import known
 from ..core.where_comfy import traced
 from .heat import maps
-from .schema import CATEGORY, Trace, known
+from .schema import CATEGORY, Trace
 
 
 class TraceConcepts(io.ComfyNode):

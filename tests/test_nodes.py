@@ -268,7 +268,7 @@ def test_a_cover_is_small_and_stays_out_of_the_way(pack, concept):
 
 
 def test_options_that_an_older_host_does_not_know_are_left_out():
-    from perfusion.nodes.schema import known
+    from perfusion.core.host_versions import known
 
     class Old:
         def __init__(self, id, tooltip=None): ...
