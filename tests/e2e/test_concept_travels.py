@@ -9,6 +9,8 @@ import urllib.request
 import pytest
 from PIL import Image
 
+from pages import press
+
 pytestmark = [pytest.mark.host, pytest.mark.e2e]
 SEEDS = itertools.count(1)  # the host makes no picture twice
 VALUES = "() => Object.fromEntries(app.graph.nodes.at(-1).widgets.map((widget) => [widget.name, widget.value]))"
@@ -20,12 +22,6 @@ def values(page):
 
 def file_of(server):
     return server.base / "output" / "perfusion" / "mimi.safetensors"
-
-
-def press(page, name):
-    """By the keyboard."""
-    page.get_by_role("button", name=name).focus()
-    page.keyboard.press("Enter")
 
 
 def workflow_of(page):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from pages import chips
+
 pytestmark = [pytest.mark.host, pytest.mark.e2e]
 SMALL = {"PerfusionQuickTune": {2: 2, 5: 1}, "KSampler": {2: 2}, "EmptyLatentImage": {2: 1}}  # steps, batch
-CHART = """() => app.graph.nodes.find((node) => node.type === "PerfusionGateStrength").widgets.at(-1).element"""
 
 
 def run(page, server, change=lambda node: None):
@@ -19,12 +20,6 @@ def run(page, server, change=lambda node: None):
     page.evaluate("""() => new Promise((done) => {
         app.api.addEventListener("execution_success", done, { once: true }); app.queuePrompt(0, 1) })""")
     page.wait_for_timeout(300)
-
-
-def chips(page):
-    """The words of the chart and their percentages."""
-    return page.evaluate(f"""() => [...({CHART})().querySelectorAll("span")].map((chip) =>
-        [chip.firstChild.textContent, Number(chip.querySelector("small").textContent)])""")
 
 
 def turn(page, value):
