@@ -26,7 +26,8 @@ def test_the_report_is_on_the_node_as_the_server_gave_it_and_in_no_file(reported
     assert report.startswith("# Concept Doctor\n") and "creature.safetensors" in report
     assert page.evaluate(REPORT) == report
     assert page.get_by_label("report").is_visible()
-    assert "# Concept Doctor" not in str(page.evaluate("async () => [app.graph.serialize(), await app.graphToPrompt()]"))
+    saved = page.evaluate("async () => [app.graph.serialize(), await app.graphToPrompt()]")
+    assert "# Concept Doctor" not in str(saved)
 
 
 def test_a_button_copies_the_report_and_so_do_the_keys_that_copy(reported):
