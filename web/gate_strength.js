@@ -130,7 +130,7 @@ function chips({ words, weight }, open) {
     chip.append(word || t("(rest)"), el("small", { textContent: ` ${percent}` }))
     chip.style.cssText =
       "padding:1px 5px;border:1px solid var(--border-color);border-radius:5px;" +
-      `background:color-mix(in srgb, ${COLOUR} ${(0.6 * percent).toFixed(0)}%, var(--comfy-input-bg))`
+      `background:color-mix(in srgb, ${COLOUR} ${(0.5 * percent).toFixed(0)}%, var(--comfy-input-bg))`
     row.append(chip)
   }
   return row

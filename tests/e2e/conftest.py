@@ -59,12 +59,14 @@ def demo(server):
 
 @pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
 def at(request, chromium):
-    """Opens a server's page with nothing on the canvas. What the page complains of, from this pack, fails the test."""
+    """Opens a server's page with nothing on the canvas, a script of the test's ahead of all others. What the page
+    complains of, from this pack, fails the test."""
     complaints, contexts = [], []
 
-    def open_page(server):
+    def open_page(server, script=""):
         context = chromium.new_context(viewport={"width": 1400, "height": 900})
         contexts.append(context)
+        context.add_init_script(script)
         server.call("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param})
         page = context.new_page()
         page.set_default_timeout(60_000)
@@ -82,6 +84,15 @@ def at(request, chromium):
     for context in contexts:
         context.close()
     assert complaints == []
+
+
+@pytest.fixture
+def choose(server):
+    """Sets settings of the server, and puts them back."""
+    before = {"Perfusion.QuickTune.PreviewEvery": 10, "Perfusion.Concepts.EmbedByDefault": False, "Comfy.Locale": "en",
+              "Comfy.ColorPalette": "dark"}
+    yield lambda settings: server.call("/api/settings", settings)
+    server.call("/api/settings", before)
 
 
 @pytest.fixture

@@ -11,14 +11,6 @@ def value(page, kind, name):
     return page.evaluate(f"([kind, name]) => ({FIRST})(kind).widgets.find((w) => w.name === name).value", [kind, name])
 
 
-@pytest.fixture
-def choose(server):
-    """Sets settings of the server, and puts them back."""
-    before = {"Perfusion.QuickTune.PreviewEvery": 10, "Perfusion.Concepts.EmbedByDefault": False, "Comfy.Locale": "en"}
-    yield lambda settings: server.call("/api/settings", settings)
-    server.call("/api/settings", before)
-
-
 def test_new_quick_tunes_have_the_chosen_preview_and_loaded_ones_keep_theirs(at, server, put, choose):
     choose({"Perfusion.QuickTune.PreviewEvery": 4})
     page = at(server)
