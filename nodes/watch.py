@@ -21,7 +21,8 @@ def tell(node_id: str, text: str):
 def gate(concept) -> dict:
     """What Gate Strength's chart (web/gate_strength.js) knows of a concept and its dial; word and energy say which."""
     return {"word": concept.word, "energy": concept.energy, "superclass": concept.superclass, "off": concept.off,
-            "bias": concept.gate_bias, "temperature": concept.temperature, "scale": concept.scale}
+            "blank": concept.blank, "bias": concept.gate_bias, "temperature": concept.temperature,
+            "scale": concept.scale}
 
 
 def gate_listener(concept) -> tuple:

@@ -1,6 +1,6 @@
 // Gate Strength: the gate's curve at the present strength, and after a run each word of the prompt as a chip shaded by
-// how far the gate opens for it. The server tells once how similar each word is to the concept, which does not depend
-// on the dial; all else is computed here, so it is live while the dial is dragged.
+// how far the gate opens for it. The server tells in a run how similar each word is to the concept, as it read them at
+// that run's strength; all else is computed here, so it is live while the dial is dragged.
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { dialled, gate } from "./gate.mjs"
@@ -66,7 +66,8 @@ class Chart {
   present() {
     const linked = this.node.inputs.some((input) => DIAL.includes(input.widget?.name) && input.link != null)
     if (linked && this.concept) return this.concept
-    return dialled(Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value])))
+    const dial = dialled(Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value])))
+    return { ...dial, off: dial.off || this.concept?.blank }
   }
 
   draw() {
@@ -86,6 +87,9 @@ class Chart {
   }
 
   sentence(off, said) {
+    if (this.concept?.blank) {
+      return t("Nothing was encoded: no picture looked like a {superclass}. This is the plain model.", this.concept)
+    }
     if (off && this.concept) return t("Strength 0: the plain model, with the word {superclass}.", this.concept)
     if (off) return t("Strength 0: the plain model.")
     if (said.length) return t("How far each word opens it, in percent:")

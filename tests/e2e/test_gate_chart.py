@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pages import chips
+from pages import chips, template
 
 pytestmark = [pytest.mark.host, pytest.mark.e2e]
 SMALL = {"PerfusionQuickTune": {2: 2, 5: 1}, "KSampler": {2: 2}, "EmptyLatentImage": {2: 1}}  # steps, batch
@@ -71,6 +71,22 @@ def test_a_prompt_without_the_word_is_said_to_open_nothing(at, server):
     page = at(server)
     run(page, server, forget)
     assert chips(page) == [] and page.get_by_text("No prompt says <mimi>").is_visible()
+
+
+def test_a_concept_of_which_nothing_was_encoded_is_off_and_the_chart_says_why(at, server, ended):
+    page, before = at(server), len(server.call("/history"))
+    template(page, "encode_without_training")
+    page.evaluate("""() => {
+        const of = (kind) => app.graph.nodes.find((node) => node.type === kind)
+        const empty = LiteGraph.createNode("EmptyImage"); app.graph.add(empty)
+        empty.connect(0, of("PerfusionEncodeConcept"), "image")
+        of("KSampler").widgets.find(({ name }) => name === "steps").value = 1 }""")
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    assert ended(server, before)["status"]["status_str"] == "success"
+    page.get_by_text("Nothing was encoded: no picture looked like a creature.").wait_for()
+    assert page.get_by_role("img", name="The gate is shut.").is_visible()
+    turn(page, 1.0)
+    assert page.get_by_role("img", name="The gate is shut.").is_visible() and {n for _, n in chips(page)} <= {0}
 
 
 def test_a_chart_of_a_node_that_is_gone_is_gone(at, server, put):
