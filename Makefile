@@ -49,7 +49,8 @@ test-hosts: setup
 test-full: setup
 	OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py
 
-# What an artist sees, in a real browser before a real server: Debian's chromium, or the browser at $$CHROMIUM.
+# What an artist sees, in a real browser before a real server. pip installs what drives the browser and not the browser:
+# that is Debian's chromium, Playwright's own or the one at $$CHROMIUM, and where there is none the tests say what to install.
 test-e2e: setup
 	OMP_NUM_THREADS=1 $(RUN) -m e2e tests/e2e
 

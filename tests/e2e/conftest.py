@@ -20,11 +20,13 @@ READY = """() => window.app?.extensionManager && window.LiteGraph?.registered_no
 def chromium():
     from playwright.sync_api import sync_playwright
 
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if not path:
-        pytest.exit(f"!!! NO BROWSER: NOTHING THAT AN ARTIST SEES WAS TESTED !!! None of {', '.join(NAMES)} is "
-                    "installed. Install Debian's chromium, or put a browser's path into $CHROMIUM.", 1)
     with sync_playwright() as play:
+        own = play.chromium.executable_path  # where Playwright would put one; it downloads none unless it is told to
+        found = filter(None, (os.environ.get("CHROMIUM"), *map(shutil.which, NAMES), os.path.exists(own) and own))
+        if not (path := next(found, None)):
+            pytest.exit(f"!!! NO BROWSER: NOTHING THAT AN ARTIST SEES WAS TESTED !!! None of {', '.join(NAMES)} is "
+                        "installed. On Debian: apt-get install chromium. Elsewhere: .venv/bin/playwright install "
+                        "chromium, or put a browser's path into $CHROMIUM.", 1)
         browser = play.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
