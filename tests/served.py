@@ -48,16 +48,18 @@ def serving(base, serve=None):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     process, talk = serve(base, port), Server(port, base)
-    for _ in range(600):
-        try:
-            talk.call("/system_stats")
-            break
-        except (urllib.error.URLError, ConnectionError):
-            assert process.poll() is None, "the server ended"
-            time.sleep(0.2)
-    yield talk
-    process.terminate()
-    process.wait(20)
+    try:
+        for _ in range(600):
+            try:
+                talk.call("/system_stats")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.2)
+        yield talk
+    finally:  # else a failed command would leave it running
+        process.terminate()
+        process.wait(20)
 
 
 def as_prompt(workflow, info):
