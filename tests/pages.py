@@ -1,6 +1,32 @@
 """What an artist's hands do on ComfyUI's page, and what an artist reads there."""
 
+import os
+import shutil
+
+NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+READY = """() => window.app?.extensionManager && window.LiteGraph?.registered_node_types.PerfusionLoadConcept
+               && document.querySelector("canvas")"""
 CHART = """() => app.graph.nodes.find((node) => node.type === "PerfusionGateStrength").widgets.at(-1).element"""
+
+
+def browser(play):
+    """Playwright's browser, of one that is installed. Raises ValueError with what to install."""
+    own = play.chromium.executable_path  # where Playwright would put one; it downloads none unless it is told to
+    found = filter(None, (os.environ.get("CHROMIUM"), *map(shutil.which, NAMES), os.path.exists(own) and own))
+    if not (path := next(found, None)):
+        raise ValueError(f"None of {', '.join(NAMES)} is installed. On Debian: apt-get install chromium. Elsewhere: "
+                         ".venv/bin/playwright install chromium, or put a browser's path into $CHROMIUM.")
+    return play.chromium.launch(executable_path=path, args=FLAGS)
+
+
+def begin(page, url):
+    """Open a server's page, with nothing on the canvas."""
+    page.goto(url)
+    page.wait_for_function(READY)
+    page.wait_for_timeout(1500)  # the host restores its last workflow
+    page.evaluate("() => { app.graph.clear(); app.canvas.ds.offset = [0, 0]; app.canvas.ds.scale = 1 }")
 
 
 def template(page, name):

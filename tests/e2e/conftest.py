@@ -1,19 +1,12 @@
 """A real browser before a real server, in both of the host's renderers. `make test-e2e` runs what is here."""
 
 import base64
-import os
-import shutil
 import time
 
 import pytest
 
+from pages import begin, browser
 from served import as_prompt, serving
-
-NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-READY = """() => window.app?.extensionManager && window.LiteGraph?.registered_node_types.PerfusionLoadConcept
-               && document.querySelector("canvas")"""
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +14,12 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        own = play.chromium.executable_path  # where Playwright would put one; it downloads none unless it is told to
-        found = filter(None, (os.environ.get("CHROMIUM"), *map(shutil.which, NAMES), os.path.exists(own) and own))
-        if not (path := next(found, None)):
-            pytest.exit(f"!!! NO BROWSER: NOTHING THAT AN ARTIST SEES WAS TESTED !!! None of {', '.join(NAMES)} is "
-                        "installed. On Debian: apt-get install chromium. Elsewhere: .venv/bin/playwright install "
-                        "chromium, or put a browser's path into $CHROMIUM.", 1)
-        browser = play.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
+        try:
+            found = browser(play)
+        except ValueError as error:
+            pytest.exit(f"!!! NO BROWSER: NOTHING THAT AN ARTIST SEES WAS TESTED !!! {error}", 1)
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +66,7 @@ def at(request, chromium):
         page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning")
                 and "perfusion" in f"{message.text} {message.location.get('url')}".lower()
                 and not (message.location.get("url") or "").startswith("https:") else None)  # the host's own registry
-        page.goto(server.url)
-        page.wait_for_function(READY)
-        page.wait_for_timeout(1500)  # the host restores its last workflow
-        page.evaluate("() => { app.graph.clear(); app.canvas.ds.offset = [0, 0]; app.canvas.ds.scale = 1 }")
+        begin(page, server.url)
         return page
 
     yield open_page
