@@ -76,3 +76,15 @@ def test_what_a_page_says_the_node_says_is_in_the_code(name):
 @every_page
 def test_no_word_in_angle_brackets_is_lost_as_a_tag(name):
     assert not re.search(r"<", re.sub(r"`[^`]*`", "", PAGES[name]))
+
+
+@every_page
+def test_a_page_has_a_picture_that_is_there_small_and_said_in_words(name):
+    pictures = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", PAGES[name])
+    assert pictures and all(len(words) > 20 for words, _ in pictures)
+    assert all((ROOT / "web" / "docs" / place).stat().st_size <= 60 * 1024 for _, place in pictures)
+
+
+def test_no_picture_is_there_that_no_page_shows():
+    shown = {place for page in PAGES.values() for place in re.findall(r"\]\(([^)]+\.jpg)\)", page)}
+    assert shown == {path.name for path in (ROOT / "web" / "docs").glob("*.jpg")}
