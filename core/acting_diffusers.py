@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .acting import AS_ENCODED, Words, versions
-from .apart import members, reads, split
+from .apart import members, reads, split, weights
 from .concept import Concept
 from .joint_edit import JointEdit
 from .key_lock import edited
@@ -77,7 +77,7 @@ def acting(unet, projections: Mapping[str, nn.Module], concepts: Sequence[Concep
                     with (edited(projections, joint(present, words, texts, now - each)),
                           reads(way_up(unet), places, sample.shape[-2:]) as found):
                         plain(sample, timestep, *args, **kwargs)
-                    r = torch.stack(found).mean(0)
+                    r = weights(found)
                 where = split(where, joint.acting, words, r)
             edits = [joint(present, words, texts, of) for of in where]
             swap = (edited(projections, *edits) if len(edits) == 1 else

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .apart import reads
+from .apart import reads, weights
 
 NAME = "perfusion_apart"  # of a Run in the host's transformer_options
 
@@ -25,8 +25,8 @@ def begun(executor, noise, *args, **kwargs):
 
 
 def read_once(x: Tensor, places: Tensor, options: dict, diffusion_model, call: Callable[[], object]) -> Tensor | None:
-    """What places of the latents x (b, c, h, w) read of the words at `places` (b, n, j), as (b, j, h, w) with mean 1;
-    where a prompt of the rows was not read yet, by a call of the model. None where nothing could be read."""
+    """Weights (b, j, h, w) of the words at `places` (b, n, j) in the latents x (b, c, h, w), see apart.py; where a
+    prompt of the rows was not read yet, by a call of the model. None where nothing could be read."""
     # outside of a run every call is a first one
     prompts, known = options.get("uuids") or [None], options.get(NAME, Run()).read
     keys = [(prompt, x.shape[1:]) for prompt in prompts]
@@ -37,5 +37,5 @@ def read_once(x: Tensor, places: Tensor, options: dict, diffusion_model, call: C
             call()
         if not found:
             return None
-        known |= zip(keys, torch.stack(found).mean(0).chunk(len(keys)))
+        known |= zip(keys, weights(found).chunk(len(keys)))
     return torch.cat([known[key] for key in keys])

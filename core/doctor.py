@@ -102,7 +102,7 @@ def of_concept(concept: Concept) -> Iterable[str]:
     else:
         opens = torch.sigmoid(torch.tensor((1 - concept.gate_bias) / concept.temperature)).item()
         dial = f"strength {concept.strength:g}" if concept.bias is None else f"raw bias {concept.bias:g}"
-        yield f"{dial}, temperature {concept.temperature:g}: at its own encoding the gate opens to {opens:.0%}"
+        yield f"{dial}, temperature {concept.temperature:g}: at its own word {concept.scale * opens:.0%} of it acts"
         if opens < 0.5:
             yield f"{WRONG}The gate is mostly shut. Lower the bias in Gate Strength, or set its mode to slider."
     yield (f"{len(concept.target_output)} value outputs in {concept.precision}, a text width of "

@@ -7,7 +7,7 @@ from comfy.patcher_extension import WrappersMP
 
 import nodes
 from perfusion.core.acting import Acting, versions
-from perfusion.core.apart import KAPPA, members, split
+from perfusion.core.apart import members, split, weights
 from perfusion.core.prompt import PLACES
 
 import applied
@@ -43,24 +43,42 @@ def test_of_one_alone_or_of_one_that_belongs_everywhere_nothing_is_kept_apart():
     assert members({"a": APART, "b": APART, "c": Acting()}, frozenset("abc")) == AB
 
 
-def test_shares_are_by_the_fourth_power_of_what_is_read_and_sum_to_one_in_every_place():
-    r = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    r[2] = 0  # a row that names neither
-    found = split({AB: torch.ones(1, 1, 1)}, {"a": APART, "b": APART}, ("a", "b"), r)
-    assert set(found) == {A, B} and KAPPA == 4
-    torch.testing.assert_close(found[A] + found[B], torch.ones(3, 4, 4))
-    torch.testing.assert_close(found[A][:2] / found[B][:2], (r[:2, 0] / r[:2, 1]) ** 4)
+def two_subjects(r=None):
+    """What two words are read in a layer (1, 2, 16, 16): the first one left alone, the second one in both halves."""
+    read = torch.full((1, 2, 16, 16), 0.1)
+    read[0, 0, 4:12, 2:7] = 4
+    read[0, 1, 4:12, 2:7], read[0, 1, 4:12, 10:15] = 2, 2.5
+    read = read if r is None else read * torch.rand(read.shape, generator=r).add(0.75)
+    return read / read.mean((2, 3), keepdim=True)
 
 
-def test_a_row_that_names_one_gives_it_every_place():
-    r = torch.stack([torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1, torch.zeros(1, 4, 4)], 1)
-    found = split({AB: torch.ones(1, 1, 1)}, {"a": APART, "b": APART}, ("a", "b"), r)
-    assert torch.equal(found[A], torch.ones(1, 4, 4)) and torch.equal(found[B], torch.zeros(1, 4, 4))
+def test_a_place_belongs_to_the_word_that_is_read_there_more_than_in_the_other_subject():
+    w = weights([two_subjects()])
+    torch.testing.assert_close(w.sum(1), torch.ones(1, 16, 16))
+    assert w[0, 0, 5:11, 3:6].min() > 0.95 and w[0, 1, 5:11, 11:14].min() > 0.95  # as often as the second is read left too
+
+
+def test_a_layer_that_tells_nothing_apart_takes_nothing_from_one_that_does():
+    r = torch.Generator().manual_seed(0)
+    flat = two_subjects()[:, 1:].expand(-1, 2, -1, -1)
+    w = weights([two_subjects(r), flat, two_subjects(r)])
+    assert w[0, 0, 5:11, 3:6].min() > 0.8 and w[0, 1, 5:11, 11:14].min() > 0.8
+
+
+def test_a_row_that_says_one_gives_it_every_place_and_one_that_says_none_is_edited_by_none():
+    read = two_subjects().repeat(3, 1, 1, 1)
+    read[1, 1], read[2] = 0, 0
+    w = weights([read])
+    assert torch.equal(w[1, 0], torch.ones(16, 16)) and not w[1, 1].any() and not w[2].any()
+    found = split({AB: torch.ones(1, 1, 1)}, {"a": APART, "b": APART}, ("a", "b"), w)
+    assert set(found) == {A, B} and torch.equal(found[A][1], torch.ones(16, 16)) and not found[B][1].any()
+    torch.testing.assert_close(found[A] + found[B], torch.ones(3, 16, 16))
+    torch.testing.assert_close(weights([two_subjects()])[0], w[0])  # whatever else is in the batch
 
 
 def test_a_style_acts_everywhere_and_a_region_is_parted_only_where_two_have_a_share():
     acting = {"a": APART, "b": APART, "s": Acting()}
-    r, left = torch.ones(1, 2, 4, 4), torch.zeros(1, 8, 8)
+    r, left = torch.ones(1, 2, 4, 4) / 2, torch.zeros(1, 8, 8)
     left[..., :4] = 1
     found = split({frozenset("abs"): left, frozenset("as"): 1 - left}, acting, ("a", "b", "s"), r)
     torch.testing.assert_close(found, {frozenset("as"): left / 2 + 1 - left, frozenset("bs"): left / 2})
