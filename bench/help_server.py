@@ -2,7 +2,7 @@
 
     quick_tune.jpg    what Quick Tune leaves on its node
     where.jpg         a picture, and the map of Where It Acted
-    regions.jpg       two concepts in one picture, without regions and with them
+    regions.jpg       two concepts in one picture: everywhere, kept apart, and with a region for each
     sweep.jpg         two concepts at three strengths each
 """
 
@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ..headless.comfy import ROOT
 from ..tests.served import as_prompt
 
-PAIR = "mimi", "ted"
-PROMPT = "a <mimi> and a <ted> in the snow"
+PAIR, SEEDS = ("mimi", "ted"), (1, 2)
+PROMPT = "a flat drawing of a <mimi> on the left beside a <ted> in the snow"
 
 
 def grid(rows: list[list[Image.Image]], above: list[str], beside: list[str], size: tuple[int, int]) -> Image.Image:
@@ -79,12 +79,12 @@ def where(server) -> Image.Image:
     return paper
 
 
-def two(regions: bool, sweep: str = "") -> dict:
-    """A wide picture of two concepts, each in its half of it with `regions`; with `sweep` at all of these strengths."""
+def two(regions: bool = False, apart: bool = True, seed: int = 1, sweep: str = "") -> dict:
+    """A picture of two concepts, each in its half of it with `regions`; with `sweep` at all of these strengths."""
     graph = {"model": node("PerfusionDemoModel"),
              "domain": node("PerfusionLoadDomain", domain_name="creature.safetensors"),
-             "none": node("SolidMask", value=0.0, width=256, height=128),
-             "half": node("SolidMask", value=1.0, width=128, height=128),
+             "none": node("SolidMask", value=0.0, width=128, height=128),
+             "half": node("SolidMask", value=1.0, width=64, height=128),
              "mimi": node("MaskComposite", destination=["none", 0], source=["half", 0], x=0, y=0, operation="add"),
              "ted": node("InvertMask", mask=["mimi", 0])}
     model, clip = ["model", 0], ["model", 1]
@@ -98,7 +98,7 @@ def two(regions: bool, sweep: str = "") -> dict:
             temperature=0.1, **({"region": [who, 0]} if regions else {}))
         if not sweep:
             graph[f"apply {who}"] = node("PerfusionApplyConcept", model=model, clip=clip, concept=[f"gate {who}", 0],
-                                         edit_negative=False)
+                                         edit_negative=False, keep_apart=apart)
             model, clip = [f"apply {who}", 0], [f"apply {who}", 1]
     if sweep:
         graph["sweep"] = node("PerfusionGateSweep", model=model, clip=clip, concept=["gate mimi", 0], strengths=sweep,
@@ -106,28 +106,24 @@ def two(regions: bool, sweep: str = "") -> dict:
         model, clip = ["sweep", 0], ["sweep", 1]
     return graph | {
         "yes": node("CLIPTextEncode", clip=clip, text=PROMPT), "no": node("CLIPTextEncode", clip=clip, text=""),
-        "empty": node("EmptyLatentImage", width=256, height=128, batch_size=1),
+        "empty": node("EmptyLatentImage", width=128, height=128, batch_size=1),
         "sampler": node("KSampler", model=model, positive=["yes", 0], negative=["no", 0], latent_image=["empty", 0],
-                        seed=1, steps=20, cfg=4.0, sampler_name="euler", scheduler="normal", denoise=1.0),
+                        seed=seed, steps=20, cfg=4.0, sampler_name="euler", scheduler="normal", denoise=1.0),
         "decode": node("VAEDecode", samples=["sampler", 0], vae=["model", 2]),
         "made": node("PreviewImage", images=["decode", 0])}
 
 
 def regions(server) -> Image.Image:
     photos = [Image.open(ROOT / "demo" / "pictures" / f"{who}.png").convert("RGB") for who in PAIR]
-    given = grid([[photo] for photo in photos], [""], [f"<{who}>" for who in PAIR], (192, 192))
-    made = grid([run(server, two(of), "made") for of in (False, True)], [""],
-                [f"{PROMPT}, without regions", "<mimi> has the left half, <ted> the right"], (384, 192))
-    paper = Image.new("RGB", (given.width + 4 + made.width, made.height), "white")
-    paper.paste(given, (0, 0))
-    paper.paste(made, (given.width + 4, 0))
-    return paper
+    rows = [[photo, *(run(server, two(*how, seed), "made")[0] for how in ((False, False), (False, True), (True, True)))]
+            for photo, seed in zip(photos, SEEDS)]
+    return grid(rows, ["", "keep_apart off", "keep_apart on", "a half for each"], [f"<{who}>" for who in PAIR], (192, 192))
 
 
 def sweep(server) -> Image.Image:
-    made = run(server, two(True, "0, .5, 1"), "made")
+    made = run(server, two(sweep="0, .5, 1"), "made")
     return grid([made[k : k + 3] for k in (0, 3, 6)], [f"<mimi> {s}" for s in ("0", ".5", "1")],
-                [f"<ted> {s}" for s in ("0", ".5", "1")], (256, 128))
+                [f"<ted> {s}" for s in ("0", ".5", "1")], (192, 192))
 
 
 def made(server):
