@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from . import fidelity as curves
 from .acting import Acting
 from .file import pack, unpacked, write
 from .int8 import kind, narrowed, widened
@@ -52,6 +53,7 @@ class Concept:
     domain: str = ""
     training: dict = field(default_factory=dict)
     cover: str = ""  # base64 of a JPEG
+    fidelity: curves.Curve | None = None  # what its dial gives and takes, where that was measured
     precision: str = "fp16"  # of the value outputs in its file, or int8
     acting: Acting = Acting()  # of the graph, not of the file
 
@@ -128,6 +130,8 @@ def dump(concept: Concept) -> bytes:
     }
     metadata |= {name: str(getattr(concept, name)) for name in
                  ("base", "prediction", "superclass", "word", "strength", "energy", "covariance", "domain")}
+    if concept.fidelity:
+        metadata["fidelity"] = curves.dumped(concept.fidelity)
     if concept.cover:
         metadata["ssmd_cover_images"] = json.dumps([concept.cover])
     tensors = {name: t.half().contiguous() for name, t in tensors.items()}
@@ -157,13 +161,14 @@ def parse(data: bytes, name: str) -> Concept:
         facts |= {"base": metadata["base"], "word": check_word(metadata["word"]), "cover": "".join(cover[:1])}
         facts |= {"training": dict(json.loads(metadata["training"])), "temperature": float(gate["temperature"])}
         facts["precision"] = FORMATS[metadata["format"]]
+        facts["fidelity"] = curves.parsed(metadata["fidelity"]) if "fidelity" in metadata else None
         facts["bias"] = None if gate["bias"] is None else float(gate["bias"])
         numbers = facts["strength"], facts["energy"], facts["temperature"], facts["bias"] or 0.0
         in_range = 0 <= facts["strength"] <= 1 and facts["energy"] > 0 and facts["temperature"] > 0
         known = facts["base"] in BASES and facts["superclass"]
         if not known or not in_range or not all(map(math.isfinite, numbers)):
             raise ValueError("a value is out of range")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise ValueError(f"The facts stored in '{name}' are damaged ({error}). {again}") from error
     return _assemble(tensors, facts, name, again)
 
