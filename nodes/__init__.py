@@ -8,6 +8,7 @@ from .concept import ApplyConcept, GateStrength, LoadConcept, SaveConcept
 from .demo import DemoModel, DemoPicture
 from .doctor import ConceptDoctor
 from .domain import EncodeConcept, LoadDomain, TrainDomain
+from .fidelity import FidelityCurve
 from .folders import register
 from .learn import QuickTune
 from .sweep import GateSweep
@@ -17,7 +18,8 @@ from .where import TraceConcepts, WhereItActed
 class PerfusionExtension(ComfyExtension):
     async def get_node_list(self):
         return [QuickTune, SaveConcept, LoadConcept, GateStrength, ApplyConcept, DemoModel, DemoPicture, LoadDomain,
-                EncodeConcept, TrainDomain, GateSweep, TraceConcepts, WhereItActed, ConceptDoctor]
+                EncodeConcept, TrainDomain, GateSweep, FidelityCurve, TraceConcepts, WhereItActed,
+                ConceptDoctor]
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

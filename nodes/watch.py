@@ -51,6 +51,17 @@ def jpeg(image: torch.Tensor) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+def drawing(node_id: str):
+    """A listener to pictures (picture, done, all) that are drawn one after the other: it shows the last one."""
+    bar = ProgressBar(1, node_id=node_id)
+
+    def drew(made, done, total):
+        tell(node_id, f"Picture {done} of {total}")
+        bar.update_absolute(done, total, ("JPEG", to_pil(made), SIDE))
+
+    return drew
+
+
 def curve(losses: list[float], steps: int) -> Image.Image:
     """The loss of each step so far, and its running mean, over the steps to come."""
     picture = Image.new("RGB", (SIDE, SIDE), "#202020")

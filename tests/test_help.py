@@ -29,7 +29,7 @@ def default(thing):
     value = getattr(thing, "default", None)
     if value is None:
         return "optional" if thing.optional else "required"
-    return ("off", "on")[value] if isinstance(value, bool) else str(value) or "empty"
+    return ("off", "on")[value] if isinstance(value, bool) else str(value).replace("\n", " · ") or "empty"
 
 
 def said():

@@ -11,7 +11,8 @@ CORE = [path for path in FILES if path.parent.name == "core"]
 LONGEST = 400  # lines
 
 # files of core that may import ComfyUI's library
-COMFY = {"host_comfy", "prompt", "apply", "demo_comfy", "doctor_comfy", "where_comfy", "host_versions"}
+COMFY = {"host_comfy", "prompt", "apply", "demo_comfy", "doctor_comfy", "where_comfy", "host_versions",
+         "fidelity_comfy"}
 UPON = {"quick_tune", "domain_comfy", "sweep"}  # what stands upon these, for ComfyUI's nodes
 # files of core that import torch only, never each other; `swap` is how two of them get at a module
 ALONE = {"key_lock", "weight_offset", "encoder", "public_encoder", "openclip", "swap"}
