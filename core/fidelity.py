@@ -5,7 +5,7 @@
     likeness(s)  = (ā(s) − ā(0)) · (a* − ā(0)) / |a* − ā(0)|²     ā(s) = mean of a(s, p) over p, all a of length 1
     obedience(s) = [d(s) − d×] / [1 − d×]        d(s) = mean over p of cos(h(s, p), h(0, p))
                                                  d×   = mean over p ≠ q of cos(h(0, p), h(0, q))
-    knee = the s above 0 with the highest likeness of those whose obedience is KEPT or more
+    knee = the s at which the line of obedience falls below KEPT, and no further than where likeness is highest
 
 Likeness is how much of the way has been gone from what the plain model draws to the photo. Obedience is measured by
 what the plain model makes of the same prompt and noise: 1 is that very picture, and 0 is one that is no nearer to it
@@ -44,13 +44,16 @@ class Curve:
 
     @property
     def knee(self) -> float:
-        """The strength with the highest likeness that leaves the prompt its due; the lower one of two that are alike.
+        """The strength, in hundredths, up to which the prompt keeps its due; no more than has the highest likeness.
 
         Never 0, at which there is no concept: where every other strength costs too much it is the lowest of them.
         """
-        found = [*zip(self.strengths, self.likeness, self.obedience)][1:]
-        kept = [at for at in found if at[2] >= KEPT] or found[:1]
-        return max(kept, key=lambda at: (at[1], -at[0]))[0]
+        due = likest = max(zip(self.likeness[1:], self.strengths[1:]), key=lambda at: (at[0], -at[1]))[1]
+        for (s, o), (further, less) in pairwise(zip(self.strengths, self.obedience)):
+            if less < KEPT:
+                due = s + (further - s) * max(0.0, o - KEPT) / (o - less) if o > less else s
+                break
+        return round(max(min(due, likest), self.strengths[1]), 2)
 
 
 def prompts_in(text: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..core.fidelity import PROMPTS
 from ..core.fidelity_comfy import measure
 from ..core.host_versions import known
-from .fidelity_sheet import sheet
+from .fidelity_sheet import nearest, sheet
 from .schema import CATEGORY, Concept
 from .sweep import STRENGTHS
 from .watch import drawing, jpeg, tell
@@ -60,10 +60,9 @@ class FidelityCurve(io.ComfyNode):
         measured, pictures = measure(model, clip, vae, clip_vision, concept, image, strengths, prompts, seed,
                                      resolution, drawing(node))
         curve = measured.fidelity
-        at = curve.strengths.index(curve.knee)
+        at = nearest(curve)
         if not measured.cover:
             measured = measured.replace(cover=jpeg(pictures[at, :1]))
-        tell(node, f"Strength {curve.knee:g}: likeness {curve.likeness[at]:.2f}, obedience "
-                   f"{curve.obedience[at]:.2f}")
+        tell(node, f"{measured.word}: strength {curve.knee:g}")
         shown = sheet(curve, pictures)
         return io.NodeOutput(measured, shown, ui=ui.PreviewImage(shown, cls=cls))

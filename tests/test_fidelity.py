@@ -59,10 +59,20 @@ def test_obedience_falls_as_all_prompts_give_one_picture():
 # The knee
 
 
-@pytest.mark.parametrize("last", range(1, 5))
-def test_on_a_steady_curve_the_knee_is_the_last_strength_that_leaves_the_prompt_its_due(last):
-    found = curve(obedience=[1, *(KEPT + 0.01 * (last - k) for k in range(1, 5))])
-    assert found.knee == FIVE[last]
+@pytest.mark.parametrize("knee", (0.25, 0.4, 0.66, 0.9, 1.0))
+def test_on_a_straight_line_the_knee_is_where_the_prompt_has_its_due_left_whichever_strengths_are_drawn(knee):
+    for drawn in FIVE, (0.0, 0.1, 0.2, 1.0), (0.0, 1.0):
+        straight = curve([0.4 * s for s in drawn], [1 - (1 - KEPT) * s / knee for s in drawn], drawn)
+        assert straight.knee == max(knee, drawn[1])
+
+
+def test_what_loses_more_of_the_prompt_has_a_knee_that_is_no_higher():
+    knees = [curve(obedience=[1 - loss * s**power for s in FIVE]).knee
+             for power in (2, 1, 0.5) for loss in (0.3, 0.5, 0.7, 0.9)]
+    for k in range(0, 12, 4):
+        assert knees[k : k + 4] == sorted(knees[k : k + 4], reverse=True) and knees[k] == 1 > knees[k + 3]
+    assert curve(obedience=(1, 0.5, 0.9, 0.9, 0.9)).knee == 0.25  # the first fall counts
+    assert curve(obedience=(0.5, 0.5, 0.5, 0.5, 0.5)).knee == 0.25
 
 
 def test_more_strength_that_is_no_more_likeness_is_not_taken():
@@ -77,7 +87,7 @@ def test_what_costs_nothing_is_taken_whole_and_what_gives_nothing_is_left_at_the
 def test_the_knee_is_never_0_where_there_is_no_concept_and_of_two_equals_the_lower():
     assert curve(likeness=(0, -1, -2, -3, -4), obedience=(1, 0.1, 0, 0, 0)).knee == 0.25
     assert curve(likeness=(0, 0.9, 1, 1, 1), obedience=(1, 0.1, 0, 0, 0)).knee == 0.25
-    assert curve(likeness=(0, 0.2, 0.5, 0.5, 0.5), obedience=(1, 1, 1, 1, 1)).knee == 0.5
+    assert curve(likeness=(0, 0.2, 0.5, 0.5, 0.5), obedience=(1, 1.1, 1, 1, 1)).knee == 0.5
     assert curve((0, 0.1), (1, 0.2), (0.0, 0.4)).knee == 0.4
 
 
