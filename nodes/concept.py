@@ -70,8 +70,9 @@ class GateStrength(io.ComfyNode):
                                display_mode=io.NumberDisplay.slider,
                                tooltip="Higher is more likeness, lower more obedience to the prompt. "
                                        "0 is the plain model with the superclass word."),
-                io.Combo.Input("bias_mode", options=["slider", "raw"], default="slider", **advanced,
-                               tooltip="slider: strength sets the gate. raw: the paper's bias and temperature do."),
+                io.Combo.Input("bias_mode", options=["slider", "raw", "auto"], default="slider", **advanced,
+                               tooltip="slider: strength sets the gate. raw: the paper's bias and temperature do. "
+                                       "auto: the strength that the concept carries, as Fidelity Curve has set it."),
                 io.Float.Input("bias", default=0.7, min=-2, max=3, step=0.01, round=0.001, **advanced,
                                tooltip="Raw mode: the gate's bias. It runs the other way: higher is less concept."),
                 io.Float.Input("temperature", default=TEMPERATURE, min=0.01, max=2, step=0.01, round=0.001, **advanced,
@@ -96,10 +97,12 @@ class GateStrength(io.ComfyNode):
     @classmethod
     def execute(cls, concept, strength, bias_mode, bias, temperature, start_percent=0.0, end_percent=1.0,
                 lock="local", region=None) -> io.NodeOutput:
-        concept = concept.at(strength) if bias_mode == "slider" else concept.raw(bias, temperature)
+        carried = concept.strength
+        concept = concept.raw(bias, temperature) if bias_mode == "raw" else concept.at(
+            carried if bias_mode == "auto" else strength)
         region = region if region is None else region.reshape(-1, *region.shape[-2:])
         concept = concept.replace(acting=Acting(start_percent, end_percent, lock, region))
-        return io.NodeOutput(concept, ui={"perfusion_gate": (gate(concept),)})
+        return io.NodeOutput(concept, ui={"perfusion_gate": (gate(concept, carried),)})
 
 
 class ApplyConcept(io.ComfyNode):

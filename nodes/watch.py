@@ -10,6 +10,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image, ImageDraw, ImageOps
 from server import PromptServer
 
+CURVE = "strengths", "likeness", "obedience"  # of a concept's fidelity curve
 SIDE = 256  # pixels of each part of the sheet
 
 
@@ -18,9 +19,12 @@ def tell(node_id: str, text: str):
     PromptServer.instance.send_progress_text(text, node_id)
 
 
-def gate(concept) -> dict:
-    """What Gate Strength's chart (web/gate_strength.js) knows of a concept and its dial; word and energy say which."""
-    return {"word": concept.word, "energy": concept.energy, "superclass": concept.superclass, "off": concept.off,
+def gate(concept, carried: float) -> dict:
+    """What Gate Strength's chart (web/gate_strength.js) knows of a concept and its dial; word and energy say which.
+    `carried` is the strength that the concept came with."""
+    curve = concept.fidelity
+    return {"carried": carried, "fidelity": curve and {name: getattr(curve, name) for name in CURVE},
+            "word": concept.word, "energy": concept.energy, "superclass": concept.superclass, "off": concept.off,
             "blank": concept.blank, "bias": concept.gate_bias, "temperature": concept.temperature,
             "scale": concept.scale}
 

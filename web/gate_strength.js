@@ -3,6 +3,7 @@
 // that run's strength; all else is computed here, so it is live while the dial is dragged.
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
+import { fidelity } from "./fidelity.mjs"
 import { dialled, gate } from "./gate.mjs"
 import { el, panel } from "./panel.mjs"
 import { t } from "./texts.mjs"
@@ -11,6 +12,7 @@ const [LEFT, RIGHT, TOP, BOTTOM] = [-0.25, 1.25, 8, 62] // similarities at the c
 const WIDTH = 240
 const DIAL = ["strength", "bias_mode", "bias", "temperature"] // the widgets that the curve follows
 const COLOUR = "#e08a1e"
+const CARRIED = 0.75 // the strength of a concept that nothing was measured of
 const X = (similarity) => (WIDTH * (Math.min(RIGHT, Math.max(LEFT, similarity)) - LEFT)) / (RIGHT - LEFT)
 const Y = (opening) => BOTTOM - (BOTTOM - TOP) * opening
 
@@ -23,9 +25,10 @@ class Chart {
     this.node = node
     this.drawing = el("div")
     this.caption = el("div")
+    this.measured = el("div")
     this.prompts = el("div")
     this.prompts.style.cssText = "display:flex;flex-direction:column;gap:6px"
-    panel(node, "chart").append(this.drawing, this.caption, this.prompts)
+    panel(node, "chart").append(this.drawing, this.measured, this.caption, this.prompts)
 
     for (const widget of node.widgets) {
       if (!DIAL.includes(widget.name)) continue
@@ -66,8 +69,14 @@ class Chart {
   present() {
     const linked = this.node.inputs.some((input) => DIAL.includes(input.widget?.name) && input.link != null)
     if (linked && this.concept) return this.concept
-    const dial = dialled(Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value])))
+    const values = Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value]))
+    if (values.bias_mode === "auto") values.strength = this.concept?.carried ?? CARRIED
+    const dial = dialled(values)
     return { ...dial, off: dial.off || this.concept?.blank }
+  }
+
+  mode() {
+    return this.node.widgets.find((widget) => widget.name === "bias_mode").value
   }
 
   draw() {
@@ -75,7 +84,9 @@ class Chart {
     const open = (similarity, weight = 1) => (off ? 0 : Math.min(1, gate(similarity, bias, temperature) * scale * weight))
     const said = this.said()
     this.drawing.innerHTML = curve(open, said.flatMap((prompt) => prompt.words), bias, off)
-    this.caption.textContent = this.sentence(off, said)
+    const curve = this.concept?.fidelity
+    this.measured.innerHTML = curve ? fidelity(curve, this.mode() === "raw" ? null : scale) : ""
+    this.caption.textContent = [this.auto(), this.sentence(off, said)].filter(Boolean).join(" ")
     this.prompts.replaceChildren(...said.map((prompt) => chips(prompt, open)))
     this.node.setDirtyCanvas?.(true, true)
   }
@@ -84,6 +95,13 @@ class Chart {
   said() {
     const prompts = this.concept ? Object.values(heard[keyOf(this.concept)] ?? {}) : []
     return prompts.filter(({ by, weight }) => weight && (by.includes(":") || app.graph.getNodeById(by)))
+  }
+
+  /** Which strength is in use where the concept brings it along. */
+  auto() {
+    if (this.mode() !== "auto") return ""
+    if (!this.concept) return t("Auto: the strength that the concept carries.")
+    return t("Auto: strength {strength}, which the concept carries.", { strength: this.concept.carried.toFixed(2) })
   }
 
   sentence(off, said) {
