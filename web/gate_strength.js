@@ -84,8 +84,8 @@ class Chart {
     const open = (similarity, weight = 1) => (off ? 0 : Math.min(1, gate(similarity, bias, temperature) * scale * weight))
     const said = this.said()
     this.drawing.innerHTML = curve(open, said.flatMap((prompt) => prompt.words), bias, off)
-    const curve = this.concept?.fidelity
-    this.measured.innerHTML = curve ? fidelity(curve, this.mode() === "raw" ? null : scale) : ""
+    const found = this.concept?.fidelity
+    this.measured.innerHTML = found ? fidelity(found, this.mode() === "raw" ? null : scale) : ""
     this.caption.textContent = [this.auto(), this.sentence(off, said)].filter(Boolean).join(" ")
     this.prompts.replaceChildren(...said.map((prompt) => chips(prompt, open)))
     this.node.setDirtyCanvas?.(true, true)
