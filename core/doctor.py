@@ -105,6 +105,10 @@ def of_concept(concept: Concept) -> Iterable[str]:
         yield f"{dial}, temperature {concept.temperature:g}: at its own word {concept.scale * opens:.0%} of it acts"
         if opens < 0.5:
             yield f"{WRONG}The gate is mostly shut. Lower the bias in Gate Strength, or set its mode to slider."
+    if curve := concept.fidelity:
+        marks = [f"{like:.2f} / {obeys:.2f} at {s:g}"
+                 for s, like, obeys in zip(curve.strengths, curve.likeness, curve.obedience)]
+        yield f"fidelity curve, likeness / obedience: {', '.join(marks)}; the strength found is {curve.knee:g}"
     yield (f"{len(concept.target_output)} value outputs in {concept.precision}, a text width of "
            f"{len(concept.target_input)}, word embeddings for {', '.join(sorted(concept.embedding))}")
     tensors = {name: getattr(concept, name) for name in ("target_input", "key_input", "direction")}

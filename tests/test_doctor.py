@@ -14,6 +14,7 @@ from perfusion.core.concept import dump, save
 from perfusion.core.doctor import LISTED, WRONG, examined, of_concept, of_file, of_folders, report, versions
 from perfusion.core.domain import Domain
 from perfusion.core.encoder import Encoder
+from perfusion.core.fidelity import PROMPTS, Curve
 from perfusion.core.file import pack, unpacked
 from perfusion.core.weight_offset import Offset
 
@@ -53,6 +54,13 @@ def test_a_sound_concept_is_described_and_nothing_is_wrong(tmp_path):
                  "no domain, 5 steps"):
         assert fact in text, fact
     assert "All values of its 20 tensors are numbers." in lines
+
+
+def test_what_was_measured_of_a_concept_is_said():
+    curve = Curve((0.0, 0.5, 1.0), (0.0, 0.3, 0.4), (1.0, 0.8, 0.5), "a" * 64, PROMPTS, 0)
+    lines = examined(of_concept, learnt(fidelity=curve))
+    assert ("fidelity curve, likeness / obedience: 0.00 / 1.00 at 0, 0.30 / 0.80 at 0.5, 0.40 / 0.50 at 1; the strength "
+            "found is 0.83") in lines and wrong(lines) == []
 
 
 def test_a_sound_domain_is_described_and_nothing_is_wrong(tmp_path):
