@@ -59,8 +59,8 @@ def test_a_sound_concept_is_described_and_nothing_is_wrong(tmp_path):
 def test_what_was_measured_of_a_concept_is_said():
     curve = Curve((0.0, 0.5, 1.0), (0.0, 0.3, 0.4), (1.0, 0.8, 0.5), "a" * 64, PROMPTS, 0)
     lines = examined(of_concept, learnt(fidelity=curve))
-    assert ("fidelity curve, likeness / obedience: 0.00 / 1.00 at 0, 0.30 / 0.80 at 0.5, 0.40 / 0.50 at 1; the strength "
-            "found is 0.83") in lines and wrong(lines) == []
+    assert ("fidelity curve, likeness / obedience: 0.00 / 1.00 at 0, 0.30 / 0.80 at 0.5, 0.40 / 0.50 at 1; "
+            "the strength found is 0.83") in lines and wrong(lines) == []
 
 
 def test_a_sound_domain_is_described_and_nothing_is_wrong(tmp_path):

@@ -122,18 +122,20 @@ def test_a_cancel_ends_it_and_leaves_the_model_as_it_was(demo, moment):
     assert all(torch.equal(t, before[name]) for name, t in model.model.state_dict().items()) and not swapped(model)
 
 
-@pytest.mark.parametrize("kind", ("sd1", "sdxl"))
-def test_other_families_and_dinos_tower_do_too(tiny, world, kind):
-    """DINOv2 as the host has it, small and random: no class embedding of CLIP's, no projection."""
-    w, (_, _, vae) = world(kind), tiny(kind)
-    config = {"model_type": "dinov2", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3,
-              "layer_norm_eps": 1e-6, "use_swiglu_ffn": False, "image_size": 518, "patch_size": 14,
-              "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    dino = made_tower(config)
-    heard = []
+# Other towers as the host has them, small and random: neither has a projection, SigLIP has no class token.
+SIZE = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "patch_size": 14}
+DINO = SIZE | {"model_type": "dinov2", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False, "image_size": 518,
+               "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SIGLIP = SIZE | {"model_type": "siglip_vision_model", "intermediate_size": 64, "hidden_act": "gelu_pytorch_tanh",
+                 "num_channels": 3, "image_size": 56, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize("kind, config", [("sd1", DINO), ("sdxl", SIGLIP)], ids=["sd1-dino", "sdxl-siglip"])
+def test_other_families_and_other_towers_do_too(tiny, world, kind, config):
+    w, (_, _, vae), heard = world(kind), tiny(kind), []
     measured, pictures = fidelity_comfy.measure(
-        w.model, w.clip, vae, dino, w.cat, torch.rand(2, 64, 96, 3), "0, 1", "a {} here\na {} there", 1, 64,
-        lambda *now: heard.append(now[1:]))
+        w.model, w.clip, vae, made_tower(config), w.cat, torch.rand(2, 64, 96, 3), "0, 1", "a {} here\na {} there", 1,
+        64, lambda *now: heard.append(now[1:]))
     assert pictures.shape[:2] == (2, 2) and heard[-1] == (4, 4) and measured.strength == 1
     assert measured.fidelity.tower != fidelity_comfy.tower_hash(made_tower(config, seed=1))
     assert parse(dump(measured), "mimi").fidelity == measured.fidelity
