@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perfusion.bench import creatures, domain, e4t, examine, peers, table, world
+from perfusion.bench import creatures, domain, e4t, examine, fidelity, peers, table, world
 from perfusion.core import domain as domains
 from perfusion.core import host_diffusers
+from perfusion.core.fidelity import PROMPTS, Curve
 from perfusion.core.host_diffusers import DiffusersHost
 from perfusion.core.school import Schooling, train
 from perfusion.core.tune import TEMPLATES
@@ -252,3 +253,22 @@ def test_a_domains_captions_say_the_context_and_nothing_of_who_it_is(tmp_path):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) == domain.WORDINGS and all(line.count("{}") == 1 for line in lines)
         assert not [words for line in lines for words in who if f" {words} " in f" {line} "]
+
+
+def measured(identity, alignment, likeness, obedience):
+    """A creature with one concept, as `fidelity.measured` has it."""
+    curve = Curve(fidelity.STRENGTHS, tuple(likeness), tuple(obedience), "", PROMPTS, 0)
+    return {"encoded": {"identity": identity, "alignment": alignment, "curve": curve, "class token": obedience}}
+
+
+def test_a_rule_for_strength_is_scored_by_the_truth_and_not_by_the_curve():
+    every = [measured([0, 0.1, 0.2, 0.3, 0.4 + k], [1, 1, 0.9, 0.9, 0.6 - k], [0, 0.1, 0.2, 0.3, 0.4],
+                      [1, 0.9, 0.8, 0.7, 0.5]) for k in (0, 0.01)]
+    of = fidelity.summary(every)
+    rules = of["rules"]
+    assert rules["always .75"]["over .75"] == rules["always 1"]["over 1"] == (0, 0)
+    assert rules["the best by the truth"]["score"][0] == pytest.approx(1.2) == rules["always .75"]["score"][0]
+    assert rules["the knee"]["strength"][0] == pytest.approx(0.88)  # .7 to .5: half of the way from .75 to 1
+    assert rules["the knee"]["score"][0] == pytest.approx(1.2 - 0.2 * 0.13 / 0.25, abs=1e-4)
+    assert rules["nine tenths of the likeness"]["strength"][0] == 1
+    assert of["correlation"]["likeness with identity"][0] == pytest.approx(1, abs=1e-3)
