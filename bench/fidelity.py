@@ -36,7 +36,7 @@ from .table import mean_se
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEARNT = (50, 200)  # steps from the class word: what is advised, and too many
 TRUTH = 10  # prompts
-SPLITS = {"dev": range(20, 28), "test": range(16)}
+SPLITS = {"dev": range(20, 28), "test": range(12)}
 RESULTS = creatures.RESULTS.with_name("fidelity.json")
 
 
@@ -138,14 +138,16 @@ def measured(kept: dict) -> dict:
 
 
 def summary(every: list[dict]) -> dict:
-    """Correlations, curves and rules over creatures' `measured`; a creature's concepts count as one."""
+    """Correlations, curves and rules over creatures' `measured`; a creature's concepts count as one. Where the truth is
+    the same at all strengths there is nothing to go with, and no correlation."""
     kinds = list(every[0])
 
     def over(value):  # mean and standard error over creatures
-        return mean_se([fmean(value(of[kind]) for kind in kinds) for of in every])[::2]
+        found = [[v for kind in kinds if (v := value(of[kind])) is not None] for of in every]
+        return mean_se([fmean(values) for values in found if values])[::2]
 
     def along(x, y):
-        return float(np.corrcoef(x, y)[0, 1])
+        return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else None
 
     def gain(rule, beside):
         def of(one):
@@ -161,6 +163,7 @@ def summary(every: list[dict]) -> dict:
             "obedience with alignment": over(lambda one: along(one["curve"].obedience, one["alignment"])),
             "the class token's obedience with alignment": over(lambda one: along(one["class token"], one["alignment"])),
         },
+        "no correlation": sum(not np.ptp(of[kind]["alignment"]) for of in every for kind in kinds),
         "curves": {kind: {name: [round(fmean(values), 4) for values in zip(*(part(of[kind]) for of in every))]
                           for name, part in PARTS.items()} for kind in kinds},
         "rules": {rule: {"score": over(gain(rule, None)), "over .75": over(gain(rule, 0.75)),
@@ -198,6 +201,7 @@ def show(split: str, of: dict):
     print(f"\n{split}: {of['creatures']} creatures, {of['concepts of each']} concepts of each")
     for name, (mean, se) in of["correlation"].items():
         print(f"  {name:44} {mean:.3f} ± {se:.3f}")
+    print(f"  concepts whose alignment is the same at all strengths, left out of these: {of['no correlation']}")
     for kind, parts in of["curves"].items():
         for name, values in parts.items():
             print(f"  {kind:10} {name:10}", *(f"{value:7.3f}" for value in values))

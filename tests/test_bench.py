@@ -271,4 +271,8 @@ def test_a_rule_for_strength_is_scored_by_the_truth_and_not_by_the_curve():
     assert rules["the knee"]["strength"][0] == pytest.approx(0.88)  # .7 to .5: half of the way from .75 to 1
     assert rules["the knee"]["score"][0] == pytest.approx(1.2 - 0.2 * 0.13 / 0.25, abs=1e-4)
     assert rules["nine tenths of the likeness"]["strength"][0] == 1
-    assert of["correlation"]["likeness with identity"][0] == pytest.approx(1, abs=1e-3)
+    assert of["correlation"]["likeness with identity"][0] == pytest.approx(1, abs=1e-3) and of["no correlation"] == 0
+    every.append(measured([0, 0.1, 0.2, 0.3, 0.4], [1.0] * 5, [0, 0.1, 0.2, 0.3, 0.4], [1, 0.9, 0.8, 0.7, 0.5]))
+    left_out = fidelity.summary(every)
+    assert left_out["no correlation"] == 1
+    assert left_out["correlation"]["obedience with alignment"] == of["correlation"]["obedience with alignment"]
