@@ -117,7 +117,8 @@ def regions(server) -> Image.Image:
     photos = [Image.open(ROOT / "demo" / "pictures" / f"{who}.png").convert("RGB") for who in PAIR]
     rows = [[photo, *(run(server, two(*how, seed), "made")[0] for how in ((False, False), (False, True), (True, True)))]
             for photo, seed in zip(photos, SEEDS)]
-    return grid(rows, ["", "keep_apart off", "keep_apart on", "a half for each"], [f"<{who}>" for who in PAIR], (192, 192))
+    above = ["", "keep_apart off", "keep_apart on", "a half for each"]
+    return grid(rows, above, [f"<{who}>" for who in PAIR], (192, 192))
 
 
 def sweep(server) -> Image.Image:
