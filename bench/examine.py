@@ -50,12 +50,13 @@ def in_full(unet, inputs, answer):
 
 
 @cache
-def creature(split: str, k: int, prompts: int = PROMPTS):
-    """(identity (1, f), five training contexts, as many contexts unlike the first) of the k-th creature of a split."""
+def creature(split: str, k: int, prompts: int | None = None):
+    """(identity (1, f), five training contexts, so many contexts, or PROMPTS, unlike the first) of the k-th creature of a
+    split."""
     generator = torch.Generator().manual_seed(7919 * (k + 1) + 104729 * list(world.SPLITS).index(split))
     who = world.identities(1, split, SUPERCLASS, generator)
     training = world.contexts(5, generator, company="alone")
-    wanted = world.unlike(training[:1].expand(prompts, -1), generator)
+    wanted = world.unlike(training[:1].expand(prompts or PROMPTS, -1), generator)
     wanted[::2, world.COMPANY] = 0
     return who, training, wanted
 
