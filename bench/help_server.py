@@ -4,6 +4,7 @@
     where.jpg         a picture, and the map of Where It Acted
     regions.jpg       two concepts in one picture: everywhere, kept apart, and with a region for each
     sweep.jpg         two concepts at three strengths each
+    fidelity.jpg      the sheet of Fidelity Curve
 """
 
 import io
@@ -13,6 +14,7 @@ import urllib.request
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..core.fidelity import PROMPTS
 from ..headless.comfy import ROOT
 from ..tests.served import as_prompt
 
@@ -127,7 +129,17 @@ def sweep(server) -> Image.Image:
                 [f"<ted> {s}" for s in ("0", ".5", "1")], (192, 192))
 
 
+def fidelity(server) -> Image.Image:
+    """Of an encoded concept, with what the node begins with but for the demo's size."""
+    graph = {key: box for key, box in two(False).items() if key in ("model", "domain", "photo mimi", "encode mimi")}
+    graph["curve"] = node("PerfusionFidelityCurve", model=["model", 0], clip=["model", 1], vae=["model", 2],
+                          clip_vision=["model", 3], concept=["encode mimi", 0], image=["photo mimi", 0],
+                          strengths="0, .25, .5, .75, 1", prompts="\n".join(PROMPTS), seed=0, resolution=128)
+    made, = run(server, graph | {"shown": node("PreviewImage", images=["curve", 1])}, "shown")
+    return made.resize((made.width * 3 // 4, made.height * 3 // 4), Image.Resampling.LANCZOS)
+
+
 def made(server):
     """Each picture's name and the picture."""
-    for one in (quick_tune, where, regions, sweep):
+    for one in (quick_tune, where, regions, sweep, fidelity):
         yield one.__name__, one(server)
