@@ -51,7 +51,7 @@ def in_full(unet, inputs, answer):
 
 @cache
 def creature(split: str, k: int, prompts: int | None = None):
-    """(identity (1, f), five training contexts, so many or PROMPTS contexts unlike the first) of a split's k-th creature."""
+    """(identity (1, f), five training contexts, so many or PROMPTS unlike the first) of a split's k-th creature."""
     generator = torch.Generator().manual_seed(7919 * (k + 1) + 104729 * list(world.SPLITS).index(split))
     who = world.identities(1, split, SUPERCLASS, generator)
     training = world.contexts(5, generator, company="alone")
