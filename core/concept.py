@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import fidelity as curves
 from .acting import Acting
-from .file import pack, unpacked, write
+from .file import brief, pack, unpacked, write
 from .int8 import kind, narrowed, widened
 from .key_lock import BIAS, TEMPERATURE
 
@@ -106,7 +106,7 @@ def check_word(word: str) -> str:
         plain = re.sub(r"[^\w-]", "", word) or "mimi"
         raise ValueError(
             f"The concept's word is written in angle brackets, so that it cannot be one that the text encoder already "
-            f"knows: got '{word}', try '<{plain}>' (letters, digits, - and _)."
+            f"knows: got '{brief(word)}', try '<{brief(plain)}>' (letters, digits, - and _)."
         )
     return word
 
@@ -151,7 +151,7 @@ def parse(data: bytes, name: str) -> Concept:
     if metadata.get("format") not in FORMATS:
         raise ValueError(
             f"'{name}' is not a concept of this pack: its format should be {' or '.join(FORMATS)}, it is "
-            f"{metadata.get('format', 'not given')}. Files of other Perfusion programs go through "
+            f"{brief(metadata.get('format', 'not given'))}. Files of other Perfusion programs go through "
             "`python -m headless convert` first."
         )
     try:
@@ -159,17 +159,19 @@ def parse(data: bytes, name: str) -> Concept:
         facts = {key: metadata[key] for key in ("superclass", "prediction", "covariance", "domain")}
         facts |= {key: float(metadata[key]) for key in ("strength", "energy")}
         facts |= {"base": metadata["base"], "word": check_word(metadata["word"]), "cover": "".join(cover[:1])}
-        facts |= {"training": dict(json.loads(metadata["training"])), "temperature": float(gate["temperature"])}
+        facts |= {"training": json.loads(metadata["training"]), "temperature": float(gate["temperature"])}
         facts["precision"] = FORMATS[metadata["format"]]
         facts["fidelity"] = curves.parsed(metadata["fidelity"]) if "fidelity" in metadata else None
         facts["bias"] = None if gate["bias"] is None else float(gate["bias"])
         numbers = facts["strength"], facts["energy"], facts["temperature"], facts["bias"] or 0.0
         in_range = 0 <= facts["strength"] <= 1 and facts["energy"] > 0 and facts["temperature"] > 0
-        known = facts["base"] in BASES and facts["superclass"]
+        known = facts["base"] in BASES and facts["prediction"] in ("eps", "v") and facts["superclass"]
+        if not isinstance(facts["training"], dict):
+            raise ValueError(f"training is a {type(facts['training']).__name__}, facts by name were expected")
         if not known or not in_range or not all(map(math.isfinite, numbers)):
             raise ValueError("a value is out of range")
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
-        raise ValueError(f"The facts stored in '{name}' are damaged ({error}). {again}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"The facts stored in '{name}' are damaged ({brief(error)}). {again}") from error
     return _assemble(tensors, facts, name, again)
 
 
@@ -180,17 +182,18 @@ def _assemble(tensors: dict[str, Tensor], facts: dict, name: str, again: str) ->
     kinds = {key.partition(".")[0] for key in tensors}
     missing = {"embedding", "target_input", "key_input", "direction", "target_output"} - kinds
     if unknown or missing:
-        raise ValueError(f"'{name}' lacks {sorted(missing) or 'nothing'} and holds unknown {unknown or 'nothing'}. "
-                         f"{again}")
+        raise ValueError(f"'{name}' lacks {sorted(missing) or 'nothing'} and holds unknown "
+                         f"{brief(unknown or 'nothing')}. {again}")
     for key, t in tensors.items():
         if not t.is_floating_point():
-            raise ValueError(f"'{key}' in '{name}' is {kind(t)}, fp16 was expected. {again}")
+            raise ValueError(f"'{brief(key)}' in '{name}' is {kind(t)}, fp16 was expected. {again}")
     tensors = {key: t.float() for key, t in tensors.items()}
     for key, t in tensors.items():
         if t.ndim != 1:
-            raise ValueError(f"'{key}' in '{name}' has shape {tuple(t.shape)}, a vector was expected. {again}")
+            raise ValueError(f"'{brief(key)}' in '{name}' has shape {brief(tuple(t.shape))}, a vector was expected. "
+                             f"{again}")
         if not t.isfinite().all():
-            raise ValueError(f"'{key}' in '{name}' holds values that are not numbers (NaN or infinite). {again}")
+            raise ValueError(f"'{brief(key)}' in '{name}' holds values that are not numbers (NaN or infinite). {again}")
     widths = [len(tensors[key]) for key in ("target_input", "key_input", "direction")]
     if len(set(widths)) > 1:
         raise ValueError(
@@ -198,6 +201,9 @@ def _assemble(tensors: dict[str, Tensor], facts: dict, name: str, again: str) ->
         )
     if not 0.5 < tensors["direction"] @ tensors["target_input"] < 2:  # 1 but for fp16
         raise ValueError(f"The direction in '{name}' does not belong to its target input. {again}")
+    empty = [key for key, t in tensors.items() if not len(t)]
+    if empty:
+        raise ValueError(f"'{brief(empty[0])}' in '{name}' holds no number at all. {again}")
     return Concept(
         embedding={key.removeprefix("embedding."): t for key, t in tensors.items() if key.startswith("embedding.")},
         target_input=tensors["target_input"],
@@ -219,9 +225,21 @@ def check_size(size: int, name: str):
 
 def load(path, sha256: str = "") -> Concept:
     """The concept in a file. Where `sha256` is given the file must be that very one. Raises ValueError."""
+    return _verified(read(path), Path(path).name, sha256)
+
+
+def read(path) -> bytes:
+    """The bytes of a concept's file. Raises ValueError where there are none to read, or far too many."""
     path = Path(path)
-    check_size(path.stat().st_size, path.name)
-    return _verified(path.read_bytes(), path.name, sha256)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)  # it may have grown
+    except OSError as error:
+        raise ValueError(f"'{path.name}' could not be read ({error.strerror}). It may have been moved meanwhile: "
+                         "choose another, or put it back.") from error
+    check_size(max(size, len(data)), path.name)
+    return data
 
 
 def embed(concept: Concept) -> tuple[str, str]:

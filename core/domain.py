@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .concept import BASES
 from .encoder import Encoder
-from .file import pack, unpacked, write
+from .file import brief, pack, unpacked, write
 from .members import Members
 from .public_encoder import PublicEncoder
 from .weight_offset import Offset
@@ -72,15 +72,17 @@ def parse(data: bytes, name: str) -> Domain:
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"'{name}' is not a domain of this pack: its format should be {FORMAT}, it is "
-            f"{metadata.get('format', 'not given')}. A concept goes into Load Perfusion Concept."
+            f"{brief(metadata.get('format', 'not given'))}. A concept goes into Load Perfusion Concept."
         )
     try:
         facts = {key: metadata[key] for key in ("base", "prediction", "superclass", "tower")}
-        facts["training"] = dict(json.loads(metadata["training"]))
+        facts["training"] = json.loads(metadata["training"])
+        if not isinstance(facts["training"], dict):
+            raise ValueError(f"training is a {type(facts['training']).__name__}, facts by name were expected")
         if facts["base"] not in BASES or facts["prediction"] not in ("eps", "v") or not facts["superclass"]:
             raise ValueError("a value is out of range")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The facts stored in '{name}' are damaged ({error}). {AGAIN}") from error
+        raise ValueError(f"The facts stored in '{name}' are damaged ({brief(error)}). {AGAIN}") from error
     return Domain(encoder=_encoder(tensors, name), offsets=_offsets(tensors, name), members=_members(tensors, name),
                   **facts)
 
@@ -88,9 +90,11 @@ def parse(data: bytes, name: str) -> Domain:
 def _encoder(tensors: dict[str, Tensor], name: str) -> Encoder | PublicEncoder:
     """The encoder with the shapes that its own tensors have."""
     unknown = [key for key in tensors if not TENSOR.fullmatch(key)]
-    bad = [key for key, t in tensors.items() if not t.is_floating_point() or not t.isfinite().all()]
+    # in fp32, as torch cannot ask eight bits whether they are finite
+    bad = [key for key, t in tensors.items() if not t.is_floating_point() or not t.float().isfinite().all()]
     if unknown or bad:
-        raise ValueError(f"'{name}' holds unknown {unknown or 'nothing'} and no numbers in {bad or 'none'}. {AGAIN}")
+        raise ValueError(f"'{name}' holds unknown {brief(unknown or 'nothing')} and no numbers in "
+                         f"{brief(bad or 'none')}. {AGAIN}")
     state = {key.removeprefix("encoder."): t.float() for key, t in tensors.items() if key.startswith("encoder.")}
     state = {VALUE.sub(lambda found: found[0].replace(".", "/"), key): t for key, t in state.items()}
     kind = PublicEncoder if "ln_post.weight" in state else Encoder
@@ -99,7 +103,7 @@ def _encoder(tensors: dict[str, Tensor], name: str) -> Encoder | PublicEncoder:
         if not encoder.out:
             raise ValueError("no text encoder is answered")
     except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"The encoder in '{name}' is damaged ({error}). {AGAIN}") from error
+        raise ValueError(f"The encoder in '{name}' is damaged ({brief(error)}). {AGAIN}") from error
     return encoder
 
 
@@ -109,7 +113,7 @@ def _offsets(tensors: dict[str, Tensor], name: str) -> dict[str, Offset]:
     for key in keys:
         factors = [tensors.get(f"{key}.{part}") for part in ("output", "input")]
         if any(t is None or t.ndim != 2 for t in factors) or [len(t) for t in factors] != [3, 2]:
-            raise ValueError(f"'{key}' in '{name}' should be factors (3, d_out) and (2, d_in). {AGAIN}")
+            raise ValueError(f"'{brief(key)}' in '{name}' should be factors (3, d_out) and (2, d_in). {AGAIN}")
         offsets[key.removeprefix("offset.")] = Offset(*(t.float() for t in factors))
     return offsets
 
@@ -121,7 +125,7 @@ def _members(tensors: dict[str, Tensor], name: str) -> Members | None:
     shapes = {key: tuple(t.shape) for key, t in found.items()}
     w = shapes.get("mean", ())
     if shapes != {"mean": w, "factor": (*w, *w), "limit": ()} or len(w) != 1:
-        raise ValueError(f"What '{name}' says of its pictures is damaged (shapes {shapes}). {AGAIN}")
+        raise ValueError(f"What '{name}' says of its pictures is damaged (shapes {brief(shapes)}). {AGAIN}")
     return Members(**found)
 
 

@@ -10,6 +10,8 @@ so what is read and written again stays the same file.
 import torch
 from torch import Tensor
 
+from .file import brief
+
 OUTPUT, SCALES = "target_output.", "target_output_scales"
 
 
@@ -31,14 +33,14 @@ def widened(tensors: dict[str, Tensor], name: str, again: str) -> dict[str, Tens
         raise ValueError(f"'{name}' has value outputs in int8 and lacks '{SCALES}', by which they are read. {again}")
     scales = tensors[SCALES].float()
     if scales.shape != (len(outputs),):
-        raise ValueError(f"'{SCALES}' in '{name}' has shape {tuple(scales.shape)}, one scale for each of "
+        raise ValueError(f"'{SCALES}' in '{name}' has shape {brief(tuple(scales.shape))}, one scale for each of "
                          f"{len(outputs)} value outputs was expected. {again}")
     if not (scales.isfinite() & (scales > 0)).all():
         raise ValueError(f"'{SCALES}' in '{name}' holds values that are no scales (NaN, infinite or not above 0). "
                          f"{again}")
     for key in outputs:
         if tensors[key].dtype != torch.int8:
-            raise ValueError(f"'{key}' in '{name}' is {kind(tensors[key])}, int8 was expected. {again}")
+            raise ValueError(f"'{brief(key)}' in '{name}' is {kind(tensors[key])}, int8 was expected. {again}")
     wide = {key: tensors[key].float() * s for key, s in zip(outputs, scales)}
     return {key: wide.get(key, t) for key, t in tensors.items() if key != SCALES}
 

@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,48 @@ def test_another_file_than_the_workflows_is_refused_by_both_hashes(tmp_path):
     wanted = hashlib.sha256(b"another").hexdigest()
     with pytest.raises(ValueError, match=f"another 'mimi.safetensors'.*{wanted[:12]}.*{came[:12]}.*Use this file"):
         load(path, wanted)
+
+
+# Found by tests/faults: before, each got another error than a sentence, or one far too long
+
+
+@pytest.mark.parametrize("size", [2**20 * 2 + 1, 15_000_000])
+def test_a_header_larger_than_any_is_refused_before_it_is_read(size):
+    many = {f"t{k}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for k in range(size // 60)}
+    header = json.dumps(many).encode().ljust(size)
+    begun = time.process_time()
+    refused(struct.pack("<Q", len(header)) + header, "not a whole .safetensors file", "a header of")
+    assert time.process_time() - begun < 0.1
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [0] * 70, [1] * 70])
+def test_shapes_that_torch_cannot_make_or_compute_with_are_refused(shape):
+    count = 0 if 0 in shape else 1
+    header = json.dumps({"__metadata__": metadata_of(dump(learnt())), "target_input": {
+        "dtype": "F16", "shape": shape, "data_offsets": [0, 2 * count]}}).encode()
+    refused(struct.pack("<Q", len(header)) + header + bytes(2 * count), "not a whole .safetensors file")
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"gate": '{"bias": 1' + "0" * 400 + ', "temperature": 0.1}'}, "too large"),
+    ({"training": '[[1, 2], ["steps", 3]]'}, "list"),
+    ({"training": '["ab"]'}, "list"),
+    ({"prediction": "x"}, "range"),
+], ids=["number", "pairs", "letters", "prediction"])
+def test_facts_that_could_not_be_written_again_are_refused(change, word):
+    refused(remade(metadata=change), "The facts stored in", "damaged", word)
+
+
+@pytest.mark.parametrize("name", ["embedding.clip_l", OUTPUT])
+def test_a_tensor_without_a_number_is_named(name):
+    refused(remade({name: torch.ones(0)}), f"'{name}'", "holds no number at all")
+
+
+@pytest.mark.parametrize("change", [
+    dict(metadata={"format": "x" * 9000}), dict(metadata={"word": "x" * 9000}), dict(metadata={"energy": "x" * 9000}),
+    dict(tensors={"x" * 9000: torch.ones(3)}), dict(tensors={f"lora_{k}": torch.ones(1) for k in range(3000)}),
+])
+def test_a_sentence_stays_short_whatever_the_file_says(change):
+    with pytest.raises(ValueError) as caught:
+        parse(remade(**change), "mimi.safetensors")
+    assert len(str(caught.value)) < 600

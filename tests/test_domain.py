@@ -102,3 +102,17 @@ def test_a_file_too_large_is_not_read(domain, tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "LARGEST", 100)
     with pytest.raises(ValueError, match="another kind of file"):
         load(save(domain, tmp_path / "cats.safetensors"))
+
+
+@pytest.mark.parametrize("training", ['[["a", 1]]', "[]", "7"])
+def test_facts_of_training_that_are_no_facts_by_name_are_refused(domain, training):
+    with pytest.raises(ValueError, match="damaged .*facts by name were expected"):
+        parse(changed(domain, training=training), "x")
+
+
+def test_numbers_of_eight_bits_are_read_or_refused_with_a_sentence(domain):
+    whole = {"members.limit": torch.tensor(1.5).to(torch.float8_e4m3fn)}
+    assert parse(changed(domain, whole), "x").members.limit == 1.5
+    nan = {"members.limit": torch.tensor(float("nan")).to(torch.float8_e5m2)}
+    with pytest.raises(ValueError, match="no numbers in .'members.limit'"):
+        parse(changed(domain, nan), "x")
