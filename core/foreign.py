@@ -12,12 +12,15 @@ from pathlib import Path
 
 import torch
 
+from .file import brief
+
 LARGEST_PICKLE = 2**20  # bytes; that of a whole UNet has some 400 KB
 TENSORS = {"collections.OrderedDict", "builtins.set", "torch._utils._rebuild_parameter",
            "torch._utils._rebuild_tensor_v2"} | {f"torch.{t}Storage" for t in ("Float", "Half", "BFloat16", "Double")}
 # What one list of omegaconf drags along: the whole configuration that it was part of, and its fields' types.
 SETTINGS = {"torch.nn.modules.container.ParameterDict", "collections.defaultdict", "typing.Any", "typing.Dict",
             "typing.List"} | {f"builtins.{t}" for t in ("dict", "list", "int", "str", "float", "bool")}
+SHARED = 20  # times that a pickle may use a tuple again: torch.save's never do
 PYTHON_2 = {"__builtin__.long": "builtins.int", "__builtin__.unicode": "builtins.str"}  # in torch.save's protocol
 
 
@@ -55,9 +58,26 @@ def _classes(path: Path, kind: str, largest: int) -> set[str]:
             raise ValueError(f"'{name}' is compressed, which torch.save never does. Fetch the file as its program "
                              "wrote it.")
         with readable(name, kind, Exception):
-            raw = {arg.replace(" ", ".") for e in pickles for op, arg, _ in pickletools.genops(archive.read(e))
-                   if op.name == "GLOBAL"}
+            read = [[(op.name, arg) for op, arg, _ in pickletools.genops(archive.read(e))] for e in pickles]
+            raw = {arg.replace(" ", ".") for ops in read for op, arg in ops if op == "GLOBAL"}
+    if any(_tuples_used_again(ops) > SHARED for ops in read):
+        raise ValueError(f"'{name}' holds tuples of tuples that take no end of time to read, so it was not read. It "
+                         "was made to do harm: choose another.")
     return {PYTHON_2.get(n, n.replace("__builtin__.", "builtins.")) for n in raw}
+
+
+def _tuples_used_again(ops) -> int:
+    """How often a pickle's (name, argument) of each step ask for a tuple that was there before. A tuple of twice the
+    same tuple, forty deep, is a few bytes; its hash takes years."""
+    tuples, again, before, puts = set(), 0, "", 0
+    for op, arg in ops:
+        if op in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            at, puts = puts if op == "MEMOIZE" else int(arg), puts + 1
+            (tuples.add if before.startswith("TUPLE") else tuples.discard)(at)
+        elif op in ("BINGET", "LONG_BINGET", "GET"):
+            again += int(arg) in tuples
+        before = op
+    return again
 
 
 def read(path, kind: str, largest: int) -> dict:
@@ -75,7 +95,7 @@ def read(path, kind: str, largest: int) -> dict:
     classes = _classes(path, kind, largest)
     settings = {n for n in classes if n in SETTINGS or n.startswith("omegaconf.")}
     if strangers := sorted(classes - TENSORS - settings):
-        raise ValueError(f"'{path.name}' asks for {', '.join(strangers)[:200]}, which {kind} does not need and which "
+        raise ValueError(f"'{path.name}' asks for {brief(', '.join(strangers))}, which {kind} does not need and which "
                          "could run code. Nothing was run; do not open this file with other programs either.")
     with readable(path.name, kind, Exception), torch.serialization.safe_globals([_stand_in(n) for n in settings]):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .concept import BASES, Concept, check_word, dump, parse
+from .file import brief
 from .foreign import read, readable
 from .key_lock import direction
 
@@ -38,8 +39,8 @@ ORDERS = {"LDM": list(WIDTHS), "diffusers": sorted(WIDTHS, key=lambda b: b == "m
 def _tensor(value, shape: tuple, what: str) -> Tensor:
     came = tuple(value.shape) if isinstance(value, Tensor) else None
     if came != shape:
-        raise ValueError(f"The file's {what} should have shape {shape}, it is {came or 'missing'}. The file is damaged "
-                         "or was made for another model than SD1.5 or SD2.x; these two can be converted.")
+        raise ValueError(f"The file's {what} should have shape {shape}, it is {brief(came or 'missing')}. The file is "
+                         "damaged or was made for another model than SD1.5 or SD2.x; these two can be converted.")
     return value.detach()
 
 
@@ -85,8 +86,9 @@ def from_ldm(state: dict, word: str, superclass: str = "") -> tuple[Concept, lis
     if len(parameters) != 1:
         raise ValueError(f"The file holds {len(parameters)} words, one was expected. Save each in a file of its own.")
     words = state["embedding"]["initializer_words"]
-    words = [getattr(w, "_val", w) for w in getattr(words, "_content", words) or ()]  # a list, or omegaconf's
-    found = "" if superclass or not words else str(words[0])
+    words = getattr(words, "_content", words)  # a list, or omegaconf's
+    words = [getattr(w, "_val", w) for w in words] if isinstance(words, (list, tuple)) else []
+    found = "" if superclass or not words or not isinstance(words[0], str) else words[0]
     outputs = {block: state["target_output"].get(f"{block}.{VALUE}.target_output") for block in WIDTHS}
     tables = {block: _tensor(o, (77, WIDTHS[block]), f"output of {block}") for block, o in outputs.items()}
     weights = torch.tensor(list(POSITIONS.values())).double()
@@ -105,8 +107,9 @@ def from_parts(state: dict, word: str, superclass: str, index: int = 0) -> tuple
     widths = [pair[1].shape[-1] for pair in pairs]
     order = next((name for name, blocks in ORDERS.items() if widths == [WIDTHS[b] for b in blocks for _ in "KV"]), None)
     if order is None:
-        raise ValueError(f"The file holds {len(widths)} projections of widths {widths[:40]}, in an order that neither "
-                         "the LDM nor the diffusers UNet of SD1.5 or SD2.x has. Files of these two can be converted.")
+        raise ValueError(f"The file holds {len(widths)} projections of widths {brief(widths)}, in an order that "
+                         "neither the LDM nor the diffusers UNet of SD1.5 or SD2.x has. Files of these two can be "
+                         "converted.")
     d, j = _width(pairs[0][0]), len(pairs[0][0])
     if not 0 <= index < j:
         raise ValueError(f"The file holds concepts 0 to {j - 1}; number {index} was asked for. Choose one of these.")
@@ -127,13 +130,13 @@ def from_parts(state: dict, word: str, superclass: str, index: int = 0) -> tuple
 def convert(path, word: str, superclass: str = "", index: int = 0) -> tuple[Concept, list[str]]:
     """The concept in another Perfusion program's file, and plain notes on what was lost. Raises ValueError."""
     name, state = Path(path).name, read(path, KIND, LARGEST)
-    with readable(name, KIND, KeyError, IndexError, TypeError, AttributeError):
+    with readable(name, KIND, KeyError, IndexError, TypeError, AttributeError, RuntimeError):
         if "key_value_params" in state:
             return from_parts(state, word, superclass, index)
         if "target_output" in state:
             if index:
                 raise ValueError(f"'{name}' holds one concept, number 0; number {index} was asked for. Leave it out.")
             return from_ldm(state, word, superclass)
-    held = ", ".join(str(key)[:40] for key in list(state)[:6]) or "nothing"
-    raise ValueError(f"'{name}' holds {held}: neither a {LDM} file (with target_output) nor a {PARTS} file (with "
-                     "key_value_params). Only these two can be converted.")
+    held = ", ".join(key[:40] for key in list(state)[:6] if isinstance(key, str)) or "nothing"
+    raise ValueError(f"'{name}' holds {brief(held)}: neither a {LDM} file (with target_output) nor a {PARTS} file "
+                     "(with key_value_params). Only these two can be converted.")

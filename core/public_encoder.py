@@ -91,7 +91,8 @@ def fold(tensors: Mapping[str, Tensor]) -> PublicEncoder:
     came = {name: tuple(t.shape) for name, t in tensors.items()}
 
     def size(name):
-        return came[name] if len(came.get(name, ())) == 2 else (0, 0)
+        shape = came.get(name, ())  # a tensor without numbers may say that it has no end of rows
+        return shape if len(shape) == 2 and min(shape) > 0 else (0, 0)
 
     (n, w), (k, g), (d, _) = map(size, (POSITIONS, "unet_feature_embedder.0.weight", "final_linear.weight"))
     tokens = (n + 1) // 2

@@ -217,3 +217,8 @@ def test_the_command_writes_a_domain_and_says_what_it_is(main, folder, tmp_path,
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
     assert main(["convert", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "lacks weight_offsets.pt" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("shape", [(2**40, 0), (0, 2**40), (2**31, 0)])
+def test_a_tensor_without_numbers_does_not_say_how_many_layers_there_are(changed, shape):
+    refused(changed(encoder={"clip_vision.positional_embedding": torch.zeros(shape)}), "not the encoder of the public")

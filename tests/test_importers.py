@@ -10,6 +10,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import types
 import zipfile
 from collections import defaultdict
@@ -351,3 +352,38 @@ def test_the_command_fails_with_one_sentence_and_writes_nothing(content, tmp_pat
     done = run(write(tmp_path / "a.pt", parts(content)), "--word", "<teddy>", "--out", tmp_path / "made.safetensors")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "made.safetensors").exists()
     assert "--superclass" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+# Found by tests/faults
+
+
+def twice(kind, depth):
+    """A few bytes in a pickle, and 2^depth things when all of it is looked at."""
+    found = kind(["x"])
+    for _ in range(depth):
+        found = kind([found, found])
+    return found
+
+
+def test_a_list_of_lists_in_the_place_of_the_superclass_is_not_written_out(content, tmp_path):
+    begun = time.process_time()
+    refused(write(tmp_path / "a.ckpt", ldm(content, words=[twice(list, 40)])), "does not say what kind of thing")
+    assert time.process_time() - begun < 1
+
+
+def test_tuples_of_tuples_that_would_take_years_to_hash_are_refused_unread(content, tmp_path):
+    path = write(tmp_path / "a.ckpt", ldm(content) | {"more": twice(tuple, 60)})
+    begun = time.process_time()
+    refused(path, "tuples of tuples", "made to do harm")
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize("words", [torch.ones(3), torch.ones(1), {"a": 1}, [torch.ones(2)], [7], "teddy"])
+def test_a_superclass_that_is_no_list_of_words_is_asked_for(content, tmp_path, words):
+    refused(write(tmp_path / "a.ckpt", ldm(content, words=words)), "does not say what kind of thing")
+
+
+def test_a_tensor_that_numpy_cannot_take_gets_a_sentence(content, tmp_path):
+    path = write(tmp_path / "a.ckpt", ldm(content) | {"C_inv": torch._neg_view(content.inverse)})
+    with pytest.raises(ValueError, match=r"\.$"):
+        importers.convert(path, "<teddy>")
