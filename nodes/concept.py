@@ -44,7 +44,7 @@ class LoadConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, concept_name, embedded="", sha256=""):
-        return embedded, sha256, "" if embedded else str(folders.find(concept_name).stat().st_mtime_ns)
+        return embedded, sha256, "" if embedded else str(folders.stamp(folders.find(concept_name)))
 
     @classmethod
     def execute(cls, concept_name, embedded="", sha256="") -> io.NodeOutput:

@@ -33,7 +33,7 @@ class LoadDomain(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, domain_name):
-        return str(folders.find(domain_name, folders.DOMAINS).stat().st_mtime_ns)
+        return str(folders.stamp(folders.find(domain_name, folders.DOMAINS)))
 
     @classmethod
     def execute(cls, domain_name) -> io.NodeOutput:

@@ -3,6 +3,7 @@ output/perfusion and output/perfusion/domains for what was just saved. The demo'
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import folder_paths
@@ -12,6 +13,8 @@ from ..core import domain as domains
 
 NAME, DOMAINS = "perfusion", "perfusion_domains"  # in folder_paths, and in a user's extra_model_paths.yaml
 DEMO = Path(__file__).parent.parent / "demo"
+UNFIT = re.compile(r'[\x00-\x1f\x7f<>:"|?*\ud800-\udfff]')  # in the name of a file, on one system or another
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, whatever follows
 KINDS = {NAME: ("concept", "concepts", ""), DOMAINS: ("domain", "domains", "domains")}
 
 
@@ -55,29 +58,46 @@ def free(name: str, data: bytes, kind: str = NAME) -> Path:
     A file with the very same content is the same and keeps its name. Every folder of the list is looked through: of
     two files of one name the list would give the first, and that might be the other one.
     """
-    name = Path(name.strip().removesuffix(".safetensors")).name or KINDS[kind][0]
+    name = re.split(r"[\\/]", name.strip().removesuffix(".safetensors").rstrip("\\/"))[-1]
+    name = UNFIT.sub("_", name).strip(". ") or KINDS[kind][0]
+    name = f"_{name}" if DEVICES.fullmatch(name) else name
     if len(name.encode()) > 200:
         raise ValueError(f"The name '{name[:40]}…' is longer than a file's may be. Give a shorter one.")
     digest = hashlib.sha256(data).digest()
     for number in range(1, 10**6):
         listed = f"{name}.safetensors" if number == 1 else f"{name}-{number}.safetensors"
         path = Path(folder_paths.get_full_path(kind, listed) or saved(kind) / listed)
-        if not path.exists() or hashlib.sha256(path.read_bytes()).digest() == digest:
+        if not path.exists():
+            return path
+        if path.stat().st_size == len(data) and hashlib.sha256(path.read_bytes()).digest() == digest:
             return path
     raise AssertionError("a million files of one name")
 
 
 def save(concept: files.Concept, name: str) -> Path:
     """Write the concept under output/perfusion, never over another one."""
-    data = files.dump(concept)
-    path = free(name, data)
-    return path if path.exists() else files.write(path, data)
+    return _put(name, files.dump(concept), NAME)
 
 
 def save_domain(domain: domains.Domain, name: str) -> Path:
     """Write the domain under output/perfusion/domains, never over another one."""
-    data = domains.dump(domain)
-    return files.write(free(name, data, DOMAINS), data)
+    return _put(name, domains.dump(domain), DOMAINS)
+
+
+def _put(name: str, data: bytes, kind: str) -> Path:
+    while not (path := free(name, data, kind)).exists():
+        try:
+            return files.write(path, data, over=False)
+        except FileExistsError:
+            if not path.exists():  # it was no other server, which shares the folder and took the name first
+                raise
+    return path
+
+
+def stamp(path: Path) -> tuple:
+    """What changes when a file is replaced, even by one of the same size within one tick of the clock."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def found() -> dict[str, dict[Path, list[Path]]]:

@@ -8,6 +8,7 @@ import hashlib
 from aiohttp import web
 
 from ..core import concept as files
+from ..core.file import brief
 from . import folders
 
 
@@ -29,24 +30,28 @@ def register(routes: web.RouteTableDef):
         name = request.query.get("name", "")
         try:
             if name not in folders.names():
-                raise ValueError(f"The concept '{name}' is not in the list. Put its file into "
+                raise ValueError(f"The concept '{brief(name)}' is not in the list. Put its file into "
                                  "models/perfusion/concepts and press R, or choose another one.")
-            path = folders.find(name)
-            concept = files.load(path)
+            data = files.read(folders.find(name))  # once, as the file may be replaced meanwhile
+            concept = files.parse(data, brief(name))
             embedded, digest = files.embed(concept)
         except ValueError as error:
             return _refused(error)
-        return web.json_response({**_facts(concept), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        return web.json_response({**_facts(concept), "sha256": hashlib.sha256(data).hexdigest(),
                                   "embedded": embedded, "embedded_sha256": digest, "cover": concept.cover})
 
     @routes.post("/perfusion/concept")
     async def write(request):
         """Put the concept that the body holds, as a file's bytes, into output/perfusion, under `name` if it is free."""
         name = request.query.get("name", "")
+        said = brief(name)  # in sentences
         try:
-            data = await request.read()
-            files.check_size(len(data), name)
-            concept = files.parse(data, name)
+            files.check_size(request.content_length or 0, said)
+            data = bytearray()
+            async for part in request.content.iter_any():  # no more than a concept has is taken, whatever comes
+                data += part
+                files.check_size(len(data), said)
+            concept = files.parse(bytes(data), said)
             path = folders.save(concept, name)
         except (ValueError, OSError) as error:
             return _refused(error)

@@ -82,3 +82,40 @@ def test_a_name_that_no_file_can_have_gets_a_sentence(ask):
 
     answer = ask("POST", dump(learnt()), name="x" * 400)
     assert "Give a shorter one" in answer["error"]
+
+
+# Found by tests/faults
+
+
+@pytest.mark.parametrize("name, kept", [
+    ("a\0b", "a_b"), ("..", "concept"), ("..\\..\\x", "x"), ("C:\\x", "x"), ("a:b", "a_b"), (".hidden", "hidden"),
+    ("\udcff", "_"), ("line\nbreak", "line_break"), ("nul", "_nul"), ("con.txt", "_con.txt"), ("猫", "猫"), ("a/", "a"),
+])
+def test_a_name_becomes_one_that_every_system_can_keep(pack, name, kept):
+    from perfusion.core.concept import dump
+    from perfusion.nodes import folders
+
+    path = folders.free(name, dump(learnt()))
+    assert path == folders.saved() / f"{kept}.safetensors"
+
+
+def test_a_file_that_cannot_be_read_gets_a_sentence(ask, saved):
+    from perfusion.nodes import folders
+
+    there = saved.with_name("loop.safetensors")
+    there.symlink_to(there)
+    assert "loop.safetensors" in folders.names()
+    assert ask(name="loop.safetensors")["error"].endswith(".")
+    there.unlink()
+
+
+def test_a_large_file_of_the_same_name_is_not_read_to_find_a_free_one(pack):
+    from perfusion.core.concept import dump
+    from perfusion.nodes import folders
+
+    path = folders.saved() / "large.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse; read, it would not fit in memory
+    assert folders.free("large", dump(learnt())).name == "large-2.safetensors"
+    path.unlink()
