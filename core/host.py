@@ -19,9 +19,15 @@ class Host(Protocol):
     dtype: torch.dtype  # what the UNet computes in
     projections: dict[str, torch.nn.Module]  # every cross-attention to_k and to_v
     attention: dict[str, torch.nn.Module]  # every to_q, to_k and to_v of self- and cross-attention
+    out_of_memory: type[BaseException]
+    tight: bool  # whether the last training was in as little memory as can be
 
-    def training(self, latents: Tensor) -> AbstractContextManager:
-        """Everything that gradients need, for steps on latents (1, c, h, w), undone on leaving."""
+    def training(self, latents: Tensor, tight: bool = False) -> AbstractContextManager:
+        """Everything that gradients need, for steps on latents (1, c, h, w), undone on leaving. `tight` asks for as
+        little memory as can be; a host that sees how much there is may do so unasked."""
+
+    def spare(self) -> None:
+        """Give back memory that is only held for later."""
 
     def latents(self, images: Tensor) -> Tensor:
         """(m, c, h, w) from images (m, H, W, 3) in 0..1."""

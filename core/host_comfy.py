@@ -136,6 +136,8 @@ class ComfyHost:
     """See `host.Host`. `folder` keeps covariances, for all but the demo; `progress` hears (done, total) while one is
     computed."""
 
+    out_of_memory, tight = torch.cuda.OutOfMemoryError, False
+
     def __init__(self, model, clip, vae, superclass: str, folder, progress=lambda done, total: None):
         self.base = applying.base_of(model)
         applying.check_clip(clip, self.base)
@@ -150,7 +152,7 @@ class ComfyHost:
         self.answers = {}  # prompt of plain words -> its encodings, and what SDXL adds to the time embedding
 
     @contextmanager
-    def training(self, latents: Tensor):
+    def training(self, latents: Tensor, tight: bool = False):
         with torch.inference_mode(False), torch.enable_grad():
             self.patcher, text = fixed(self.source), fixed(self.clip.patcher)
             need = self.patcher.memory_required([1, *latents.shape[1:]]) * TRAINING_OVER_SAMPLING
@@ -163,10 +165,14 @@ class ComfyHost:
             self.text = text.model
             self.projections = applying.projections(self.patcher.model.diffusion_model)
             self.attention = weight_offset.attention(self.patcher.model.diffusion_model)
-            tight = memory.get_free_memory(self.device) < need
-            unet = checkpointed(self.patcher.model.diffusion_model) if tight else nullcontext()
+            self.tight = tight or memory.get_free_memory(self.device) < need
+            unet = checkpointed(self.patcher.model.diffusion_model) if self.tight else nullcontext()
             with unet, own_copies(self.text):
                 yield
+
+    def spare(self):
+        memory.unload_all_models()
+        memory.soft_empty_cache()
 
     @contextmanager
     def paused(self):

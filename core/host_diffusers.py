@@ -177,6 +177,8 @@ def places(prompts: list[str], word: str, marks: Tensor) -> Tensor:
 class DiffusersHost:
     """See `host.Host`. `folder` is where covariances are kept; `progress` hears (done, total) while one is computed."""
 
+    out_of_memory, tight = torch.cuda.OutOfMemoryError, False
+
     def __init__(self, pipe, superclass: str, folder, progress=lambda done, total: None):
         self.base, self.encoders = base_of(pipe), encoders(pipe)
         self.ids = superclass_ids(self.encoders, superclass)
@@ -189,16 +191,25 @@ class DiffusersHost:
         self.answers = {}  # prompt of plain words -> its encodings, and what SDXL adds to the time embedding
 
     @contextmanager
-    def training(self, latents: Tensor):
+    def training(self, latents: Tensor, tight: bool = False):
         models = self.pipe.unet, *(model for _, model in self.encoders.values())
         weights = [(w, w.requires_grad) for model in models for w in model.parameters()]
+        unet, self.tight = self.pipe.unet, tight or self.pipe.unet.is_gradient_checkpointing
+        ours = self.tight and not unet.is_gradient_checkpointing
         try:
             for w, _ in weights:
                 w.requires_grad_(False)
+            if ours:
+                unet.enable_gradient_checkpointing()
             yield
         finally:
+            if ours:
+                unet.disable_gradient_checkpointing()
             for w, asked in weights:
                 w.requires_grad_(asked)
+
+    def spare(self):
+        torch.cuda.empty_cache()
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:

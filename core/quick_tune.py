@@ -13,6 +13,7 @@ from .concept import check_word, dump, load, parse, save
 from .covariance import captions
 from .file import write
 from .host_comfy import ComfyHost, picture, tune_key
+from .once_more import FACT, once_more
 from .prompt import Token, with_word
 
 
@@ -20,9 +21,10 @@ def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start
     """Learn a concept (see `tune.tune`), or find it on disk where the same was learnt before.
 
     `folder` keeps covariances and finished tunes. `watch` hears through captions(done, total), picture(made) of the one
-    from before and of one after each `every` steps (0: of none), and step(progress). Returns the concept and pictures
-    (1, H, W, 3) before and after, of one prompt and seed. Concepts that the model carries already take no part. Raises
-    ValueError for bad input, tune.Diverged, and the host's cancel; what was learnt by then went to `keep`.
+    from before and of one after each `every` steps (0: of none), step(progress), and note(text) where memory ran out.
+    Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed. Concepts that the model
+    carries already take no part. Raises ValueError for bad input, tune.Diverged, and the host's cancel; what was learnt
+    by then went to `keep`.
     """
     model = plain(model)
     tuning.check(images, mask, settings)
@@ -50,8 +52,11 @@ def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start
                     watch.picture(drawn(progress.concept))
             watch.step(progress)
 
+        def learn(settings, tight):
+            return tuning.tune(host, images, superclass, word, settings, mask, start, step, keep, tight)
+
         if not concept:
-            concept = tuning.tune(host, images, superclass, word, settings, mask, start, step, keep)
+            concept = once_more(host, learn, settings, watch.note)
             concept = parse(dump(concept), word)  # what a re-queue will find, to the last bit
             cache.write(concept)
         del host  # and with it, on a card, what was loaded to learn
@@ -84,7 +89,7 @@ class Cache:
         return concept, pictures
 
     def write(self, concept, pictures=None):
-        if not self.key:
+        if not self.key or FACT in concept.training:  # another time there may be more memory
             return
         try:
             save(concept, self.concept)

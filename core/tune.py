@@ -142,13 +142,15 @@ def tune(
     start: Concept | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     keep: Callable[[Concept], str] = lambda concept: "no file",
+    tight: bool = False,
 ) -> Concept:
     """Learn a concept from images (m, H, W, 3) in 0..1 and optionally masks (m or 1, H, W).
 
     `start` goes on from an earlier concept, unless it is blank: then all is as without it. `report` hears of every
     step. Whatever ends the loop early (a cancel, an error, divergence), the last good concept goes to `keep`, which
-    answers where it put it, and the model is left as it was. Raises ValueError for bad input and Diverged. The same
-    seed on the same machine gives the same concept.
+    answers where it put it, and the model is left as it was. Not so where memory runs out, unless it was `tight`
+    already, with as little as can be: then it can be begun once more (once_more.py). Raises ValueError for bad input
+    and Diverged. The same seed on the same machine gives the same concept.
     """
     check(images, mask, settings)
     check_word(word)
@@ -175,7 +177,7 @@ def tune(
                        covariance=covariance, domain=start.domain if start else "", training=facts,
                        **lesson.learnt())
 
-    with host.training(latents[:1]):
+    with host.training(latents[:1], tight):
         # clones: what was made under the host's inference mode cannot be saved for the way back
         latents, weight = latents.clone().to(host.device), weight.clone().to(host.device)
         lesson = Lesson(host, superclass, word, embedding, C_inv, settings, start)
@@ -190,6 +192,8 @@ def tune(
                 left = (time.monotonic() - begun) / len(losses) * (settings.steps - len(losses))
                 report(Progress(len(losses), settings.steps, losses[:], left, last_good))
         except BaseException as error:
+            if isinstance(error, host.out_of_memory) and not tight:
+                raise
             kept = f"The last good concept is kept in {keep(last_good)}." if last_good else "There is none to keep yet."
             if isinstance(error, Diverged):
                 error.args = (f"{error} {kept} Queue again with fewer steps or a larger batch; if it stops at the "

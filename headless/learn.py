@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from core import concept as concepts
 from core import host_diffusers
 from core import tune as tuning
+from core.once_more import once_more
 
 from . import pictures
 from .comfy import ROOT
@@ -75,8 +76,14 @@ def tune(arguments):
                              batch=arguments.batch, seed=arguments.seed, resolution=resolution,
                              mirror=arguments.mirror)
     host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder, captions)
-    learnt = tuning.tune(host, images, arguments.superclass, arguments.word, settings, mask, start, say,
-                         keep=lambda concept: str(concepts.save(concept, out.with_stem(f"{out.stem}-stopped"))))
+
+    def keep(concept):
+        return str(concepts.save(concept, out.with_stem(f"{out.stem}-stopped")))
+
+    def learn(settings, tight):
+        return tuning.tune(host, images, arguments.superclass, arguments.word, settings, mask, start, say, keep, tight)
+
+    learnt = once_more(host, learn, settings, lambda text: print(f"\n{text}"))
     path = concepts.save(learnt, out)
     print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
 

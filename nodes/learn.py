@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..core.concept import dump
 from ..core.host_versions import known
+from ..core.once_more import FACT
 from ..core.quick_tune import quick_tune
 from ..core.tune import STEPS, STEPS_FROM_CONCEPT, TEMPLATES, Tuning, advised
 from . import folders
@@ -77,5 +78,6 @@ class QuickTune(io.ComfyNode):
 
         learnt, before, after = quick_tune(model, clip, vae, image, superclass, word, settings, mask, concept,
                                            folders.models(), watch, keep, preview_every)
-        tell(node, f"{learnt.word}: {learnt.training['steps']} steps, {len(dump(learnt)) / 1024:.1f} KB")
+        again = f". Memory ran out: {learnt.training[FACT]}" if FACT in learnt.training else ""
+        tell(node, f"{learnt.word}: {learnt.training['steps']} steps, {len(dump(learnt)) / 1024:.1f} KB{again}")
         return io.NodeOutput(learnt, ui=ui.PreviewImage(watch.result(before, after), cls=cls))

@@ -108,6 +108,10 @@ class Watch:
         """What the model makes of the superclass word, before it has learnt anything; then of the word, in between."""
         self.drawn = [*(self.drawn or [to_pil(self.images)])[:2], to_pil(made)]
 
+    def note(self, text: str):
+        """Something that is to be known of the tune."""
+        tell(self.node_id, text)
+
     def step(self, progress):
         """A step is done."""
         self.losses, self.steps = progress.losses, progress.steps

@@ -21,7 +21,7 @@ class Watch:
     """Counts what it hears."""
 
     def __init__(self):
-        self.captioned, self.pictures, self.steps, self.concepts = 0, 0, 0, []
+        self.captioned, self.pictures, self.steps, self.concepts, self.notes = 0, 0, 0, [], []
 
     def captions(self, done, total):
         self.captioned += 1
@@ -29,6 +29,9 @@ class Watch:
     def picture(self, made):
         self.pictures += 1
         self.last = made
+
+    def note(self, text):
+        self.notes.append(text)
 
     def step(self, progress):
         self.steps += 1
