@@ -84,7 +84,10 @@ def inverse_of(
 
         C, tokens = second_moment(encodings())
         C = C.float().cpu()
-        write(path, safetensors.torch.save({"covariance": C, "tokens": torch.tensor(tokens)}))
+        try:
+            write(path, safetensors.torch.save({"covariance": C, "tokens": torch.tensor(tokens)}))
+        except OSError as error:  # a folder that is read-only, or full
+            logging.warning(f"Perfusion: the captions' covariance is computed anew each time. {error.strerror}")
     ridge = 0.0 if tokens >= ENOUGH * len(C) else RIDGE
     if ridge:
         logging.warning(f"Perfusion: {len(lines)} captions ({tokens} tokens) are few for a text width of {len(C)}; "
