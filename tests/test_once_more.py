@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import test_quick_tune
 import torch
 
 from perfusion.core import host_comfy
 from perfusion.core.once_more import FACT, once_more
 from perfusion.core.quick_tune import quick_tune
 
+import test_quick_tune
 import tuning
 from tuning import CAT, FAST, MIMI, PICTURE, Snapshot, learn
 
@@ -95,10 +95,10 @@ def test_the_other_host_learns_the_same_with_less_and_is_left_as_it_was(miniatur
     from perfusion.bench import world
     from perfusion.core import host_diffusers, tune
 
-    folder = miniature(tmp_path, world.sample(40, torch.Generator().manual_seed(1))["captions"])
-    host, settings = host_diffusers.DiffusersHost(host_diffusers.load(folder), "creature", folder), SETTINGS
     with torch.inference_mode(False):
-        whole, less = (tune.tune(host, PICTURE.clone(), "creature", MIMI, settings, tight=tight)
+        folder = miniature(tmp_path, world.sample(40, torch.Generator().manual_seed(1))["captions"])
+        host = host_diffusers.DiffusersHost(host_diffusers.load(folder), "creature", folder)
+        whole, less = (tune.tune(host, PICTURE.clone(), "creature", MIMI, SETTINGS, tight=tight)
                        for tight in (False, True))
     assert host.tight and not host.pipe.unet.is_gradient_checkpointing
     for name, o in whole.target_output.items():
