@@ -165,7 +165,8 @@ def file_changed(r, data: bytes, other: bytes) -> bytes:
     for _ in range(r.choice([1, 1, 1, 2, 4])):
         try:
             facts, rows = taken_apart(data)
-            whole = facts and rows and all(isinstance(fact, str) for fact in facts.values())
+            said = [*facts.values(), *(dtype for _, dtype, _, _ in rows)]
+            whole = facts and rows and all(isinstance(fact, str) for fact in said)
         except Exception:  # no longer a file that can be taken apart
             whole = False
         how = r.random() if whole else 1
