@@ -49,7 +49,7 @@ test-hosts: setup
 test-full: setup
 	OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py
 
-# Bad files by the ten thousand, and hundreds of kills: an hour. The counts go to bench/results/faults.json.
+# Bad files by the ten thousand, and hundreds of kills: half an hour on two busy cores. The counts go to bench/results/faults.json.
 test-faults: setup
 	OMP_NUM_THREADS=1 $(RUN) -m faults tests/faults
 
