@@ -130,7 +130,7 @@ def test_a_bad_file_that_is_led_into_our_code_is_read_whole_or_gets_a_sentence(k
     r, whole, n = random.Random(1), whole(), many(count // 2)
     guided = led(lambda r, data: file_changed(r, data, r.choice(whole)))
     done = judged(run, ((r, r.choice(whole)) for _ in range(n)), tmp_path, guided)
-    assert done.total() == n and min(done["read"], done["refused"]) > n / 100
+    assert done.total() == n and min(done["read"], done["refused"]) >= n // 100  # of few, all may be refused
     tally(f"{kind} files, led", **done)
 
 
