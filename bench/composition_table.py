@@ -1,13 +1,14 @@
 """What `bench composition` measured, as bench/results/composition.json and its table.
 
 A row is a mean over creatures (of one) or pairs (of two, three), with the standard error of it. Sampling time is of
-ComfyUI on full-size SD1.5 with random weights (`--times`), runs with concepts and without taking turns.
+ComfyUI on full-size SD1.5 with random weights (`bench composition-speed`), runs with concepts and without taking turns.
 """
 
 import json
 import statistics
 
 from .creatures import RESULTS, domain_of, runs_folder
+from .dial import PROMPTS, SEEDS
 from .table import mean_se
 
 FILE = RESULTS.with_name("composition.json")
@@ -35,7 +36,7 @@ def results() -> dict:
             of = rows[tuple(row[name] for name in KEY)]
             single = statistics.fmean(alone[r["creature"] + k, r["strength"]] for r in of for k in (0, 1))
             row["share_of_single"] = round(row["present"] / single, 4)
-    return {"commit": sorted({one["commit"] for one in done}), "prompts": 8, "seeds": 2, "rows": found,
+    return {"commit": sorted({one["commit"] for one in done}), "prompts": PROMPTS, "seeds": SEEDS, "rows": found,
             "cosines": {"pairs": len(angles), "median": statistics.median(angles), "largest": angles[-1],
                         "above_.99": sum(angle > 0.99 for angle in angles)}}
 

@@ -10,7 +10,7 @@ import statistics
 
 from . import creatures, quick
 from .creatures import RESULTS, runs_folder
-from .dial import GLOBAL, MARKS
+from .dial import GLOBAL, MARKS, PROMPTS, SEEDS
 from .table import by_creature, level, mean_se, points, row
 
 FILE = RESULTS.with_name("dial.json")
@@ -28,11 +28,6 @@ def kept() -> list[dict]:
             for one in done for row in one["rows"] if one["creature"] < quick.FIRST]
 
 
-def correlation(xs, ys) -> float:
-    """Pearson's, of two lists."""
-    return statistics.correlation(xs, ys)
-
-
 def slope(dial) -> dict[str, float]:
     """What a dial {strength: {(creature, seed): row}} does to identity and to alignment."""
     marks, found = sorted(dial), {}
@@ -40,9 +35,9 @@ def slope(dial) -> dict[str, float]:
         each = [by_creature({at: r[name] for at, r in dial[mark].items()}) for mark in marks]
         mean = [statistics.fmean(of.values()) for of in each]
         steps = [b - a for a, b in zip(mean, mean[1:])]
-        alone = [correlation(marks, [of[k] for of in each]) for k in each[0]]
+        alone = [statistics.correlation(marks, [of[k] for of in each]) for k in each[0]]
         m, _, se = mean_se(alone)
-        found[name] = {"correlation": round(correlation(marks, mean), 4), "of_each_creature": m, "se": se,
+        found[name] = {"correlation": round(statistics.correlation(marks, mean), 4), "of_each_creature": m, "se": se,
                        "range": round(mean[-1] - mean[0], 4),
                        "largest_step": round(max(map(abs, steps)) / abs(mean[-1] - mean[0]), 4),
                        "first_step": round(steps[0] / (mean[-1] - mean[0]), 4),
@@ -67,7 +62,8 @@ def results() -> dict:
     lock = [pair | {"strength": mark} for mark, of in sorted(locked.items())
             for pair in level(OURS, f"{GLOBAL}, strength {mark:g}", dial, of, "level", "identity", "alignment")]
     commits = sorted({run["commit"] for run in runs})
-    return {"commit": commits, "prompts": 8, "seeds": 2, "slider": slope(dial), "front": front, "global_lock": lock,
+    return {"commit": commits, "prompts": PROMPTS, "seeds": SEEDS, "slider": slope(dial), "front": front,
+            "global_lock": lock,
             "rows": [{name: value for name, value in row(key, found[key], rates[key[0]]).items()
                       if name not in (*UNASKED, "seeds")} for key in order]}
 

@@ -78,7 +78,8 @@ def acting(unet, projections: Mapping[str, nn.Module], concepts: Sequence[Concep
                           reads(way_up(unet), places, sample.shape[-2:]) as found):
                         plain(sample, timestep, *args, **kwargs)
                     r = weights(found)
-                where = split(where, joint.acting, words, r)
+                some = present.any(0).nonzero().flatten().tolist()
+                where = split(where, joint.acting, [words[k] for k in some], r[:, some])
             edits = [joint(present, words, texts, of) for of in where]
             swap = (edited(projections, *edits) if len(edits) == 1 else
                     blended(unet, projections, edits, Blend(where.values(), sample.shape[-2:])))

@@ -92,7 +92,8 @@ def weights(found: Sequence[Tensor]) -> Tensor:
 def split(where: Mapping[Words, Tensor], acting: Mapping, words: Sequence[str], weight: Tensor) -> dict[Words, Tensor]:
     """Shares (b, h, w) of sets of concepts that act, of those that `where` has (1, h, w): in each, the words that are
     kept apart act one at a time, by their weights (b, j, h, w), for the words."""
-    found, weight = {}, dict(zip(words, weight.unbind(1)))
+    found, where = {}, {on: share.to(weight) for on, share in where.items()}
+    weight = dict(zip(words, weight.unbind(1)))
     for on, share in where.items():
         each = members(acting, on)
         named = sorted(each & weight.keys())
@@ -101,10 +102,10 @@ def split(where: Mapping[Words, Tensor], acting: Mapping, words: Sequence[str], 
             continue
         parts = torch.stack([weight[word] for word in named])  # (j, b, h, w)
         total = parts.sum(0)
-        parts = torch.where(total > 0, parts / total, 1 / len(named))  # a row that names none of them is edited by none
+        parts = torch.where(total > 0, parts / total, 1 / len(named))  # a row that says none of them is edited by none
         if share.shape[1:] != (1, 1):
             parts = interpolate(parts, share.shape[1:], mode="bilinear", align_corners=False)
         for word, part in zip(named, parts):
             alone = on - (each - {word})
-            found[alone] = found.get(alone, 0) + share.to(part) * part
+            found[alone] = found.get(alone, 0) + share * part
     return found

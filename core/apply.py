@@ -99,14 +99,15 @@ class ConceptWrapper:
         together = [words.index(word) for word in members(self.edit.acting, now)]
         # where another node has lengthened the prompts nobody knows where in them a word stands
         known = places is not None and c_crossattn.shape == texts[AS_ENCODED].shape
-        if known and (said[:, together] != 0).sum(1).gt(1).any():
+        if known and not self.edit_negative and (said[:, together] != 0).sum(1).gt(1).any():
             def call():
                 maps = control and {name: [*of] for name, of in control.items()}  # the model takes them out
                 with edited(found, edit(now - members(self.edit.acting, now))):
                     executor(x, t, c_concat, c_crossattn, maps, transformer_options, **kwargs)
 
             r = read_once(x, places, transformer_options, model.diffusion_model, call)
-            where = where if r is None else split(where, self.edit.acting, words, r)
+            some = said.any(0).nonzero().flatten().tolist()  # a set for a word that no row says would cost attention
+            where = where if r is None else split(where, self.edit.acting, [words[k] for k in some], r[:, some])
         edits = [edit(on) for on in where]
         attention, run = layers(model.diffusion_model), transformer_options.get(RUN)
         blend = Blend(where.values(), x.shape[-2:])
@@ -141,8 +142,8 @@ def apply(model, clip, concept: Concept, edit_negative: bool = False, heard=None
     """(MODEL, CLIP) clones on which the concept's word works; chain it for several concepts.
 
     Strength 0 gives the superclass word back in the prompt and leaves the model alone. `edit_negative` edits every
-    row, also those whose prompt has no concept word, as the research code does. `heard` is told of every prompt that
-    the CLIP encodes what the gate sees of it (see `Token`).
+    row, also those whose prompt has no concept word, as the research code does, and keeps nothing apart. `heard` is
+    told of every prompt that the CLIP encodes what the gate sees of it (see `Token`).
     Raises ValueError with a sentence where concept, model and CLIP do not fit together.
     """
     check(model, clip, concept)

@@ -1,4 +1,4 @@
-"""What differs between versions of ComfyUI, from v0.3.64 on: each line that is there for that is in this file."""
+"""What differs between versions of ComfyUI, from v0.3.64 on: each choice that is made for that is in this file."""
 
 import inspect
 

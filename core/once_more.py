@@ -29,6 +29,9 @@ def once_more(host: Host, learn: Callable[[Tuning, bool], Concept], settings: Tu
         trouble = brief(error)
     # only here are the frames of what failed gone, and their tensors with them
     lower = max(SMALLEST, int(settings.resolution * SHARE) // 64 * 64) if host.tight else settings.resolution
+    if host.tight and lower == settings.resolution:
+        raise host.out_of_memory(f"Memory ran out ({trouble}), and at {lower} pixels nothing less can be tried. Close "
+                                 "what else uses the card, or learn on a larger one.")
     done = f"learnt at {lower} pixels" if lower < settings.resolution else "learnt with less memory and more time"
     note(f"Memory ran out. Once more from the beginning, {done}.")
     host.spare()

@@ -6,4 +6,3 @@ Concept = io.Custom("PERFUSION_CONCEPT")
 Domain = io.Custom("PERFUSION_DOMAIN")
 Trace = io.Custom("PERFUSION_TRACE")
 CATEGORY = "perfusion"
-

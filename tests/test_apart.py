@@ -85,6 +85,13 @@ def test_a_style_acts_everywhere_and_a_region_is_parted_only_where_two_have_a_sh
     torch.testing.assert_close(found, {frozenset("as"): left / 2 + 1 - left, frozenset("bs"): left / 2})
 
 
+def test_shares_are_on_the_device_of_what_was_read_parted_or_not():
+    acting, share = {"a": APART, "b": APART, "s": Acting()}, torch.ones(1, 8, 8) / 2  # regions are on the CPU
+    found = split({frozenset("abs"): share, frozenset("s"): share, frozenset("as"): share}, acting, ("a", "b"),
+                  torch.ones(2, 2, 4, 4, device="meta"))
+    assert len(found) == 3 and {part.device.type for part in found.values()} == {"meta"}
+
+
 def test_the_versions_hold_each_alone_and_none_of_them():
     a, b = frozenset("a"), frozenset("b")
     assert versions({"a": APART, "b": APART}) == (NONE, a, a | b, b)
@@ -146,6 +153,47 @@ def test_it_costs_one_call_of_the_model_a_run(world, steps):
             assert len(count) == steps + more
     finally:
         hook.remove()
+
+
+def test_only_the_words_of_a_prompt_cost_attention(world):
+    w, rows = world(), []
+    model, clip = apply(w, *kept(w.cat, w.dog, w.toy))
+    layer = next(m for name, m in w.model.model.named_modules() if name.endswith("attn2.to_out"))
+    hook = layer.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    to_q = next(m for name, m in w.model.model.named_modules() if name.endswith("attn2"))
+    hooks = [hook, to_q.to_k.register_forward_hook(lambda m, args, out: rows.append(len(out)))]
+    try:
+        sample(model, encode(clip, BOTH), encode(clip, ""), steps=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert max(rows) == 4  # two sets for each of two prompts
+
+
+def test_a_call_for_a_part_of_the_picture_is_read_anew(world):
+    """As the host's context windows make them, one after the other under one prompt."""
+    w = world()
+    model, clip = apply(w, *kept(w.cat, w.dog))
+    count, hook = inner(w)
+
+    def halves(apply_model, given):
+        x = given["input"]
+        return torch.cat([apply_model(part, given["timestep"], **given["c"]) for part in x.chunk(2, -1)], -1)
+
+    model.set_model_unet_function_wrapper(halves)
+    try:
+        sample(model, encode(clip, BOTH), encode(clip, ""), steps=2)
+    finally:
+        hook.remove()
+    assert len(count) == 2 * 2 * 2  # steps, halves, and the two calls of each
+
+
+def test_where_every_row_is_edited_nothing_is_kept_apart(world):
+    w = world()
+    model, clip = apply(w, *kept(w.cat, w.dog), edit_negative=True)
+    joint, _ = apply(w, w.cat, w.dog, edit_negative=True)
+    words = encode(clip, BOTH), encode(clip, "blurry")
+    assert near(sample(model, *words), sample(joint, *words))
 
 
 def test_what_is_read_is_of_the_superclass_words_and_of_a_run_of_its_own(world):
