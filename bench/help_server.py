@@ -96,7 +96,7 @@ def two(regions: bool = False, apart: bool = True, seed: int = 1, sweep: str = "
             "PerfusionEncodeConcept", domain=["domain", 0], model=["model", 0], clip=["model", 1], vae=["model", 2],
             clip_vision=["model", 3], image=[f"photo {who}", 0], superclass="creature", word=f"<{who}>")
         graph[f"gate {who}"] = node(
-            "PerfusionGateStrength", concept=[f"encode {who}", 0], strength=1.0, bias_mode="slider", bias=0.7,
+            "PerfusionGateStrength", concept=[f"encode {who}", 0], strength=0.75, bias_mode="slider", bias=0.7,
             temperature=0.1, **({"region": [who, 0]} if regions else {}))
         if not sweep:
             graph[f"apply {who}"] = node("PerfusionApplyConcept", model=model, clip=clip, concept=[f"gate {who}", 0],

@@ -124,6 +124,8 @@ class Watch:
 
     def step(self, progress): ...
 
+    def note(self, text): ...
+
 
 def test_a_tune_learns_under_the_captions_of_the_folder_and_leaves_the_model_as_it_was(folder, loaded, tmp_path):
     model, clip, vae, _ = loaded
