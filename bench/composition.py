@@ -13,9 +13,6 @@ many of the gallery as make eight. `--shard` shares the groups out. When all are
 composition_table.py makes a table of them; the time that it takes is composition_speed.py's.
 """
 
-import argparse
-import json
-
 import torch
 
 from ..core.acting import Acting
@@ -23,11 +20,11 @@ from ..core.concept import Concept
 from ..core.host_diffusers import DiffusersHost
 from ..core.key_lock import cosines, overlap
 from ..core.tune import Tuning
-from . import composition_table, creatures, metrics, world
+from . import composition_table, metrics, world
 from . import reader as judge
-from .creatures import EMBEDDING_RATE, runs_folder
-from .dial import PROMPTS, SEEDS, Sitter
-from .examine import DEMO, GUIDANCE, SAMPLING, SUPERCLASS, gallery, miniature, ours
+from .creatures import EMBEDDING_RATE
+from .dial import PROMPTS, SEEDS, Sitter, share_out
+from .examine import GUIDANCE, SAMPLING, SUPERCLASS, gallery, ours
 
 GROUP, LINE_UP = 8, 8
 WORDS = tuple(f"<{name}>" for name in ("mimi", "kiki", "popo", "lulu", "nana", "toto", "bibi", "fifi"))
@@ -192,27 +189,8 @@ def run(host: DiffusersHost, group: int) -> dict:
             put(how, ours(pipe, three, prompts, seeds), 3, 1.0, "three", who[[a, b, c]])
         put("lora", peers.stacked((a, b, c), prompts, seeds), 3, 1.0, "three", who[[a, b, c]])
     R = cosines(overlap(*(torch.stack([getattr(c, name) for c in concepts]) for name in ("direction", "target_input"))))
-    return {"rows": rows, "cosines": [round(R[m, n].item(), 5) for m in range(GROUP) for n in range(m)]}
+    return {"group": group, "rows": rows, "cosines": [round(R[m, n].item(), 5) for m in range(GROUP) for n in range(m)]}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=32, help="how many test creatures, in groups of eight")
-    parser.add_argument("--shard", default="0/1", help="this process's share: 0/2 is the first of two")
-    parser.add_argument("--again", action="store_true", help="only gather what was run")
-    arguments = parser.parse_args()
-    if arguments.again:
-        return composition_table.gather()
-    if not arguments.shard.endswith("/1"):
-        torch.set_num_threads(1)
-    host = DiffusersHost(miniature(), SUPERCLASS, DEMO)
-    first, shards = map(int, arguments.shard.split("/"))
-    for group in range(first, arguments.n // GROUP, shards):
-        path = runs_folder() / f"composition-{group:03}-{creatures.domain_of('quick-tune')[:8]}.json"
-        if not path.exists():
-            done = {"group": group, "commit": creatures.commit()} | run(host, group)
-            path.with_suffix(".part").write_text(json.dumps(done, allow_nan=False), encoding="utf-8")
-            path.with_suffix(".part").replace(path)
-            print(path.stem, flush=True)
-    if shards == 1:
-        composition_table.gather()
+    share_out(__doc__, "composition", GROUP, run, composition_table.gather)

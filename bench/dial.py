@@ -92,8 +92,8 @@ def lora_at(learner, strength: float, plain, learnt):
     learner.embedding = {name: plain[name].to(v).lerp(v, strength) for name, v in learnt.items()}
 
 
-def run(host: DiffusersHost, k: int) -> list[dict]:
-    """The rows of one creature."""
+def run(host: DiffusersHost, k: int) -> dict:
+    """One creature and its rows."""
     sitter, rows = Sitter(host, k), []
 
     def mark(method, steps, strength, draw, seconds, word=WORD):
@@ -125,30 +125,34 @@ def run(host: DiffusersHost, k: int) -> list[dict]:
                     mark(WITH_WORD, stops[-1], strength, draw, spent)
                     learner.embedding = learnt
                     mark("lora", stops[-1], strength, draw, spent)
-    return rows
+    return {"creature": k, "rows": rows}
+
+
+def share_out(doc: str, kind: str, size: int, run, gather):
+    """The command of a bench that keeps a file for each `size` test creatures: `run(host, k)` answers what is in the
+    k-th, `gather()` makes a table when all are there."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=32, help="how many test creatures")
+    parser.add_argument("--shard", default="0/1", help="this process's share: 0/2 is the first of two")
+    parser.add_argument("--again", action="store_true", help="only gather what was run")
+    arguments = parser.parse_args()
+    first, shards = map(int, arguments.shard.split("/"))
+    if not arguments.again:
+        if shards > 1:
+            torch.set_num_threads(1)
+        host = DiffusersHost(miniature(), SUPERCLASS, DEMO)
+        for k in range(first, arguments.n // size, shards):
+            path = runs_folder() / f"{kind}-{k:03}-{creatures.domain_of('quick-tune')[:8]}.json"
+            if not path.exists():
+                done = {"commit": creatures.commit()} | run(host, k)
+                path.with_suffix(".part").write_text(json.dumps(done, allow_nan=False), encoding="utf-8")
+                path.with_suffix(".part").replace(path)
+                print(path.stem, flush=True)
+    if shards == 1:
+        gather()
 
 
 def main():
     from . import dial_table  # which imports this file
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=32, help="how many test creatures")
-    parser.add_argument("--shard", default="0/1", help="this process's share: 0/2 is the first of two")
-    parser.add_argument("--again", action="store_true", help="only gather what was run")
-    arguments = parser.parse_args()
-    if arguments.again:
-        return dial_table.gather()
-    if not arguments.shard.endswith("/1"):
-        torch.set_num_threads(1)
-    host = DiffusersHost(miniature(), SUPERCLASS, DEMO)
-    first, shards = map(int, arguments.shard.split("/"))
-    for k in range(first, arguments.n, shards):
-        path = runs_folder() / f"dial-{k:03}-{creatures.domain_of('quick-tune')[:8]}.json"
-        if not path.exists():
-            done = {"creature": k, "commit": creatures.commit(), "rows": run(host, k)}
-            path.with_suffix(".part").write_text(json.dumps(done, allow_nan=False), encoding="utf-8")
-            path.with_suffix(".part").replace(path)
-            dial = [row["identity"] for row in done["rows"] if row["method"] == "quick-tune"]
-            print(path.stem, dial[::5], flush=True)
-    if shards == 1:
-        dial_table.gather()
+    share_out(__doc__, "dial", 1, run, dial_table.gather)

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from .region import Words
-from .swap import swapped
-from .where import layer_size, reading
+from .where import asked, layer_size, reading
 
 KAPPA = 4
 LEAST = 1e-4  # of a place's reading over the mean; beyond that a logarithm would say more than it knows
@@ -45,34 +44,19 @@ def reads(layers: Iterable[nn.Module], at: Tensor, size: tuple[int, int]):
     """Gather from one model call what its places read of words: `at` (b, n, j) has 1 where they stand, `layers` are
     cross-attentions, `size` is that of the latents. Yields a list that fills with (b, j, h, w) of mean 1, by layer; a
     word that a row does not say has zeros."""
-    found, queries = [], {}
+    found = []
     rows = at.flatten(1).any(1).nonzero().flatten().tolist()
 
-    def query(attention):
-        def forward_of(plain):
-            def forward(x):
-                queries[attention] = plain(x)
-                return queries[attention]
-            return forward
-        return forward_of
+    def told(attention, q, k, _):
+        grid = layer_size(q.shape[1], *size)
+        if grid:  # else another extension has merged places
+            a = q.new_zeros(len(q), q.shape[1], at.shape[-1], dtype=torch.float32)
+            for row in rows:
+                a[row] = reading(q[row], k[row], at[row].to(a), attention.heads)
+            r = (a / a.mean(1, keepdim=True).clamp_min(1e-12)).mT.unflatten(-1, grid)
+            found.append(interpolate(r, size, mode="bilinear", align_corners=False))
 
-    def key(attention):
-        def forward_of(plain):
-            def forward(x):
-                k, q = plain(x), queries.pop(attention)
-                grid = layer_size(q.shape[1], *size)
-                if grid:  # else another extension has merged places
-                    a = q.new_zeros(len(q), q.shape[1], at.shape[-1], dtype=torch.float32)
-                    for row in rows:
-                        a[row] = reading(q[row], k[row], at[row].to(a), attention.heads)
-                    r = (a / a.mean(1, keepdim=True).clamp_min(1e-12)).mT.unflatten(-1, grid)
-                    found.append(interpolate(r, size, mode="bilinear", align_corners=False))
-                return k
-            return forward
-        return forward_of
-
-    layers = list(layers)
-    with swapped([(m.to_q, query(m)) for m in layers] + [(m.to_k, key(m)) for m in layers]):
+    with asked(layers, told):
         yield found
 
 

@@ -10,10 +10,11 @@ Letters: b rows of the batch · N places of a layer · n tokens · m pictures ·
 """
 
 import math
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from .key_lock import gate
@@ -36,6 +37,34 @@ def reading(q: Tensor, k: Tensor, g: Tensor, heads: int) -> Tensor:
     return (a @ g).mean(0)
 
 
+@contextmanager
+def asked(layers: Iterable[nn.Module], told: Callable[[nn.Module, Tensor, Tensor, Tensor], None]):
+    """While open, `told` hears of every call of cross-attentions: the layer, queries (b, N, w), keys (b, n, w) and what
+    these were made of (b, n, d)."""
+    queries = {}
+
+    def query(attention):
+        def forward_of(plain):
+            def forward(x):
+                queries[attention] = plain(x)
+                return queries[attention]
+            return forward
+        return forward_of
+
+    def key(attention):
+        def forward_of(plain):
+            def forward(x):
+                k = plain(x)
+                told(attention, queries.pop(attention), k, x)
+                return k
+            return forward
+        return forward_of
+
+    layers = list(layers)
+    with swapped([(m.to_q, query(m)) for m in layers] + [(m.to_k, key(m)) for m in layers]):
+        yield
+
+
 class Run:
     """The heat of one sampling run, of m pictures with latents of H × W, and the words that its prompts said.
 
@@ -55,33 +84,15 @@ class Run:
         if x.shape[2:] != self.size:
             yield
             return
-        self.concepts, queries = concepts, {}
+        self.concepts = concepts
         named = (present.cpu().expand(len(x), -1) != 0).float()
         rows = [(row, self.said.get(prompts[row // self.pictures], (torch.ones(1), {}))[0])
                 for row in named.any(1).nonzero().flatten().tolist()]
 
-        def query(attention):
-            def forward_of(plain):
-                def forward(x):
-                    queries[attention] = plain(x)
-                    return queries[attention]
+        def told(attention, q, k, context):
+            self._gather(q, k, of(context)[2], attention.heads, rows, named, blend)
 
-                return forward
-
-            return forward_of
-
-        def key(attention):
-            def forward_of(plain):
-                def forward(x):
-                    k = plain(x)
-                    self._gather(queries.pop(attention), k, of(x)[2], attention.heads, rows, named, blend)
-                    return k
-
-                return forward
-
-            return forward_of
-
-        with swapped([(m.to_q, query(m)) for m in layers] + [(m.to_k, key(m)) for m in layers]):
+        with asked(layers, told):
             yield
 
     def _gather(self, q, k, g, heads, rows, named, blend):
