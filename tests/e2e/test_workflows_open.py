@@ -93,7 +93,7 @@ def test_the_host_lists_the_box_and_search_puts_it_down_whole(at, server):
     assert BOX in [entry["name"] for entry in server.call("/global_subgraphs").values()]
     page = at(server)
     page.mouse.dblclick(700, 300)
-    page.wait_for_timeout(500)
+    page.wait_for_function("() => document.activeElement.tagName === 'INPUT'")  # the search has opened
     page.keyboard.type(BOX)
     page.get_by_text("Blueprint", exact=True).first.wait_for()
     page.keyboard.press("Enter")
