@@ -1,7 +1,9 @@
 """What `bench composition` measured, as bench/results/composition.json and its table.
 
-A row is a mean over creatures (of one) or pairs (of two, three), with the standard error of it. Sampling time is of
-ComfyUI on full-size SD1.5 with random weights (`bench composition-speed`), runs with concepts and without taking turns.
+A row is a mean over creatures (of one) or pairs (of two, three), with the standard error of it. "share_of_single" is of
+what our own concepts have alone at that strength, for the peers too, which were not drawn alone here. Sampling time is
+of ComfyUI on full-size SD1.5 with random weights (`bench composition-speed`), runs with concepts and without taking
+turns.
 """
 
 import json

@@ -39,9 +39,9 @@ GLOBAL, WITH_WORD = "quick-tune, global lock", "lora and word"
 class Sitter:
     """A test creature as its methods see it: one picture, and what is asked for."""
 
-    def __init__(self, host: DiffusersHost, k: int, split: str = "test"):
+    def __init__(self, host: DiffusersHost, k: int):
         self.host, self.k = host, k
-        self.who, contexts, self.wanted = creature(split, k, PROMPTS)
+        self.who, contexts, self.wanted = creature("test", k, PROMPTS)
         self.training = contexts[:1]
         self.images = world.render(SUPERCLASS, self.who, self.training)[0]
         self.latents = host.latents(fit(self.images.movedim(1, -1), world.SIZE)).to(DEVICE)  # BCHW -> BHWC
@@ -73,11 +73,11 @@ class Sitter:
                 {}) as learner:
             yield learner
 
-    def scores(self, draw, word: str = WORD) -> dict[str, float]:
+    def scores(self, draw) -> dict[str, float]:
         """Means over what a `draw` makes of the contexts wanted."""
         wanted = self.wanted.repeat(SEEDS, 1)
         seeds = [1000 * self.k + n for n in range(len(wanted))]
-        made = draw(world.context_caption(wanted, word), seeds).movedim(-1, 1).cpu()  # BHWC -> BCHW
+        made = draw(world.context_caption(wanted, WORD), seeds).movedim(-1, 1).cpu()  # BHWC -> BCHW
         line_up = torch.cat([gallery(), self.who])
         found = metrics.summary(
             SUPERCLASS, judge.load().read(made), self.who.expand(len(wanted), -1), wanted,
@@ -96,9 +96,9 @@ def run(host: DiffusersHost, k: int) -> dict:
     """One creature and its rows."""
     sitter, rows = Sitter(host, k), []
 
-    def mark(method, steps, strength, draw, seconds, word=WORD):
+    def mark(method, steps, strength, draw, seconds):
         rows.append({"method": method, "steps": steps, "strength": strength, "seconds": round(seconds, 3)}
-                    | sitter.scores(draw, word))
+                    | sitter.scores(draw))
 
     begun = time.process_time()
     concept = sitter.tuned()
