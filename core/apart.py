@@ -45,14 +45,12 @@ def reads(layers: Iterable[nn.Module], at: Tensor, size: tuple[int, int]):
     cross-attentions, `size` is that of the latents. Yields a list that fills with (b, j, h, w) of mean 1, by layer; a
     word that a row does not say has zeros."""
     found = []
-    rows = at.flatten(1).any(1).nonzero().flatten().tolist()
 
     def told(attention, q, k, _):
         grid = layer_size(q.shape[1], *size)
         if grid:  # else another extension has merged places
-            a = q.new_zeros(len(q), q.shape[1], at.shape[-1], dtype=torch.float32)
-            for row in rows:
-                a[row] = reading(q[row], k[row], at[row].to(a), attention.heads)
+            # every row, also those that say no word: which these are only the device knows
+            a = torch.stack([reading(*row, attention.heads) for row in zip(q, k, at.float())])
             r = (a / a.mean(1, keepdim=True).clamp_min(1e-12)).mT.unflatten(-1, grid)
             found.append(interpolate(r, size, mode="bilinear", align_corners=False))
 

@@ -79,6 +79,7 @@ class ConceptWrapper:
         self.timed = any(c.acting.timed for c in concepts)
 
     def _acts(self, model, t):
+        # a number from the device: one wait a call, which the host's own ranges of conditioning cost too
         return window(model.model_sampling, t[0].item()) if self.timed else lambda acting: True
 
     def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
@@ -92,7 +93,8 @@ class ConceptWrapper:
         if self.edit_negative:
             present = present.where(present != 0, 1.0)
         texts = dict(zip(versions, texts.chunk(len(versions), -1))) if versions else {}
-        model, present = executor.class_obj, present.to(x.device)  # the host leaves the marks on the CPU
+        model, named = executor.class_obj, present  # on the CPU, where the host leaves the marks
+        present = present.to(x.device)
         found, acts = projections(model.diffusion_model), self._acts(model, t)
         where, edit = self.edit.where(acts), partial(self.edit, present, words, texts)
         now = Words(word for word, acting in self.edit.acting.items() if word in words and acts(acting))
@@ -109,10 +111,10 @@ class ConceptWrapper:
             some = said.any(0).nonzero().flatten().tolist()  # a set for a word that no row says would cost attention
             where = where if r is None else split(where, self.edit.acting, [words[k] for k in some], r[:, some])
         edits = [edit(on) for on in where]
-        attention, run = layers(model.diffusion_model), transformer_options.get(RUN)
-        blend = Blend(where.values(), x.shape[-2:])
+        run, blend = transformer_options.get(RUN), Blend(where.values(), x.shape[-2:])
+        attention = layers(model.diffusion_model) if run or len(edits) > 1 else ()
         swap = edited(found, *edits) if len(edits) == 1 else blended(attention, found, edits, blend)
-        with (swap as of, run.listening(x, transformer_options["uuids"], attention, self.concepts, present, of, blend)
+        with (swap as of, run.listening(x, transformer_options["uuids"], attention, self.concepts, named, of, blend)
               if run else nullcontext()):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

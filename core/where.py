@@ -79,13 +79,14 @@ class Run:
     @contextmanager
     def listening(self, x: Tensor, prompts: list, layers: list, concepts: tuple, present: Tensor, of, blend):
         """Gather from one model call: its latents, the ids of its prompts, its cross-attentions, the concepts of its
-        edit, which row names which (1 or b, j), what the edit makes of an input (see `edited`), and how answers of
-        several edits (b, p, N, j) become one (see `region.Blend`). A call for a part of the picture is not gathered."""
+        edit, which row names which (1 or b, j, on the CPU, or each call waits for the device), what the edit makes of
+        an input (see `edited`), and how answers of several edits (b, p, N, j) become one (see `region.Blend`). A call
+        for a part of the picture is not gathered."""
         if x.shape[2:] != self.size:
             yield
             return
         self.concepts = concepts
-        named = (present.cpu().expand(len(x), -1) != 0).float()
+        named = (present.expand(len(x), -1) != 0).float()
         rows = [(row, self.said.get(prompts[row // self.pictures], (torch.ones(1), {}))[0])
                 for row in named.any(1).nonzero().flatten().tolist()]
 
