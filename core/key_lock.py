@@ -144,7 +144,7 @@ class Edit:
         present = self.present[:, None] * said  # (b, n, j)
         s = full @ self.direction.T  # (b, n, j)
         g = gate(s, self.bias, self.temperature) * present * self.scale
-        c = (s * (present != 0)) @ self.joint[subset(self.present)].mT * self.scale
+        c = (self.joint[subset(self.present)] @ (s * (present != 0)).mT).mT * self.scale
         rest = full - c @ self.target_input
         return (rest + g @ self.key_input).to(x.dtype), rest.to(x.dtype), g
 

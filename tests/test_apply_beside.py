@@ -225,6 +225,19 @@ def test_a_compiled_model_is_edited_without_a_graph_more(world, keys):
     assert graphs() == 2 * plain and swapped(w.model) == []
 
 
+@pytest.mark.full
+def test_two_concepts_kept_apart_are_drawn_by_what_inductor_compiles(world):
+    """It writes and builds C++ on a CPU, a minute and more."""
+    w = world()
+    torch._dynamo.reset()
+    pair = w.cat.kept_apart(True), w.dog.kept_apart(True)
+    eager, clip = apply(w, *pair)
+    words, compiled = (encode(clip, "a <mimi> and a <rex>"), encode(clip, "")), w.model.clone()
+    set_torch_compile_wrapper(compiled, backend="inductor", keys=["diffusion_model"])
+    picture, plain = sample(apply(w, *pair, model=compiled)[0], *words), sample(w.model, *words)
+    assert off_by(picture, sample(eager, *words), of=plain) < 1e-3
+
+
 def test_the_edit_runs_where_the_model_runs(tiny):
     w = world_of(*tiny("sd1")[:2])
     (model, _), (_, clip) = apply(w, w.cat, w.dog), apply(w, w.cat)  # this CLIP does not know all the model's words
