@@ -88,6 +88,7 @@ def made(server, info):
                 box["inputs"] |= SMALL.get(box["class_type"], {})
                 if box["class_type"] == "EmptyLatentImage":
                     box["inputs"]["batch_size"] = 1
+            server.call("/free", {"free_memory": True})  # v0.8.0 tells nothing of a preview that another graph made
             status, outputs, errors = server.run(graph)
             assert status == "success", errors
             images = [image for key, box in graph.items() if box["class_type"] in ("PreviewImage", "SaveImage")
