@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 
@@ -15,10 +16,22 @@ beside = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(beside)
 
 COMFY = beside.enter(cpu=True)
+RESULTS = HERE.parent / "bench" / "results" / "hosts.json"
 collect_ignore = []
 if not COMFY:
     collect_ignore = [p.name for p in HERE.glob("test_*.py") if "pytest.mark.host" in p.read_text(encoding="utf-8")]
     warnings.warn(f"EVERY TEST AGAINST THE REAL HOST IS SKIPPED: {beside.MISSING}", stacklevel=1)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """What a whole `make test-hosts` ran on this version of ComfyUI."""
+    if not config.option.markexpr.startswith("host ") or config.args != ["tests"]:
+        return
+    from comfyui_version import __version__
+
+    counts = {kind: len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped")}
+    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(held | {__version__: counts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
