@@ -1,6 +1,7 @@
 """`kill -9` while something is written or learnt: every file is the old or the new one, and going on works."""
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -210,20 +211,27 @@ def test_a_training_that_is_killed_again_and_again_ends_as_an_unbroken_one(count
 @ALL
 @pytest.mark.parametrize("count", [6])
 def test_the_training_command_that_is_killed_ends_as_an_unbroken_one(count, place, school, unbroken, tmp_path, tally):
-    r, out, kills, runs = random.Random(4), tmp_path / "killed.safetensors", 0, 0
+    r, out, kills = random.Random(4), tmp_path / "killed.safetensors", 0
+    checkpoint = out.with_suffix(".work") / "checkpoint.pt"
 
     def work():
         assert school(place, out, "--every", 1) == 0
 
-    while kills < count:
-        runs += 1
-        assert runs < 6 * count
-        kills += killed_after(work, r.uniform(0.2, 6))
-        whole(tmp_path)
-        if out.exists() and r.random() < 0.3:  # finished or not, it is begun anew
-            out.unlink()
+    begun = time.monotonic()
     assert fork(work) == 0
-    assert test_school.closest(test_school.load(out), unbroken) == 0
+    took = time.monotonic() - begun  # on this machine, for what is shorter is the sooner at its end
+    while kills < count:
+        checkpoint.unlink(missing_ok=True)
+        while not killed_after(work, r.uniform(0, took)):
+            checkpoint.unlink()
+        kills += 1
+        whole(tmp_path)
+        if r.random() < 0.5:  # and killed again where it went on
+            kills += killed_after(work, r.uniform(0, took))
+            whole(tmp_path)
+        out.unlink(missing_ok=True)
+        assert fork(work) == 0
+        assert test_school.closest(test_school.load(out), unbroken) == 0
     tally("kills", **{"while a domain is trained, as a command": kills})
 
 
