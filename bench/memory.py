@@ -1,8 +1,11 @@
-"""The peak memory of a piece of work, in megabytes of 2^20 bytes: of the process on Linux, or of the GPU."""
+"""The peak memory of a piece of work: of the process on Linux or of the GPU, in megabytes of 2^20 bytes; and of what
+PyTorch's allocator on the CPU has given out, in bytes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -26,3 +29,12 @@ class Peak:
             found = int(line.split()[1]) // 1024
         if found is not None:
             self.megabytes = max(found, self.megabytes or 0)
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """The most bytes that work held at once of what the CPU's allocator gave it, by the allocator's own account."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.cumsum(0).max())

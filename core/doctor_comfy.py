@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import comfy.model_management as memory
 import comfyui_version
+import torch
 from comfy.model_sampling import V_PREDICTION
 
 from . import apply as applying
@@ -16,7 +17,8 @@ from .concept import BASES, Concept
 from .covariance import captions, name_of
 from .doctor import WRONG, examined, installed, numbers, of_concept, of_domain, of_folders, report, versions
 from .domain import Domain
-from .host_comfy import TRAINING_OVER_SAMPLING, text_key
+from .host_comfy import ComfyHost, any_tune, text_key
+from .memory import MARGIN, size
 from .prompt import WordTokenizer, superclass_ids, tokenizers, words_of
 
 SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024, "creature": 128}  # pixels that a base is at home with
@@ -40,7 +42,7 @@ def examine(model, clip, concept: Concept | None, domain: Domain | None, found: 
         if concept:
             sections["Text encoder"] += examined(of_word, clip, concept.word)
     if model and clip:
-        sections["Memory"] = examined(of_memory, model, clip)
+        sections["Memory"] = examined(of_memory, model, clip, folder)
     sections["Together"] = []
     if model and clip and concept:
         sections["Together"] += examined(of_fit, model, clip, concept, folder)
@@ -114,27 +116,30 @@ def of_word(clip, word: str) -> Iterable[str]:
                "the CLIP that comes out of Apply Perfusion Concept")
 
 
-def size(memory: float) -> str:
-    return f"{memory / 2**30:.1f} GB" if memory >= 2**30 else f"{memory / 2**20:.0f} MB"
-
-
-def of_memory(model, clip) -> Iterable[str]:
+def of_memory(model, clip, folder) -> Iterable[str]:
     """What drawing and tuning need, and what there is. Raises ValueError where tuning cannot fit."""
-    device, side = model.load_device, SIDES[applying.base_of(model)]
-    shape = [model.model.latent_format.latent_channels, side // 8, side // 8]
+    device, base = model.load_device, applying.base_of(model)
+    side = SIDES[base]
+    latents = torch.zeros(1, model.model.latent_format.latent_channels, side // 8, side // 8)
+    drawing = model.model.memory_required([2, *latents.shape[1:]])
     weights = model.model_size() + clip.patcher.model_size()
-    drawing = model.model.memory_required([2, *shape])
-    tuning = model.model.memory_required([1, *shape]) * TRAINING_OVER_SAMPLING
     free, total = memory.get_free_memory(device), memory.get_total_memory(device)
     yield f"{size(free)} free of {size(total)} on {device}; what else is loaded makes room when it has to"
     yield (f"{size(weights)} for the weights of model and text encoder; beside them, at {side}×{side} pixels, "
-           f"{size(drawing)} to draw and {size(tuning)} for Quick Tune")
+           f"{size(drawing)} to draw")
     if weights > total:
         raise ValueError("The weights alone are more than there is, and Quick Tune needs all of them at once. Tune on "
                          "a smaller model, or load this one in half precision.")
-    if weights + tuning > total:
-        yield ("Quick Tune would need more than there is, so it keeps less and computes it again, which takes longer. "
-               "A lower resolution needs less")
+    host = ComfyHost(model, clip, None, "creature" if base == "creature" else "cat", folder)
+    host.learn_on(model, clip.patcher)
+    need = host.needed(any_tune(host, latents), tight=False)
+    yield f"Quick Tune needs about {size(weights + need)} with the weights"
+    if weights + need * MARGIN > total:
+        less = host.needed(any_tune(host, latents), tight=True)
+        yield ("that is more than there is, so it keeps less and computes it again, which takes longer: about "
+               f"{size(weights + less)}")
+        if weights + less > total:
+            yield "even that is more than there is. A lower resolution needs less"
 
 
 def of_fit(model, clip, concept: Concept, folder) -> Iterable[str]:

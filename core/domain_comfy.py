@@ -12,7 +12,7 @@ from .apply import plain
 from .concept import Concept, check_word
 from .domain import Domain
 from .encoder import Encoder
-from .host_comfy import ComfyHost, tower_of
+from .host_comfy import ComfyHost, any_tune, tower_of
 from .school import Diverged, Schooled, Schooling, train
 from .tower import tokens_of
 from .train_domain import Course
@@ -69,7 +69,8 @@ def train_domain(model, clip, vae, clip_vision, images: Tensor, superclass: str,
             "steps": done, "pictures": len(images), "batch": settings.batch, "seed": settings.seed,
             "learning_rate": settings.learning_rate, "resolution": resolution})
 
-    with host.training(latents[:1]):
+    # a step on one picture takes what a tune's takes; the encoder's own part is small beside it
+    with host.training(latents[:1], rehearsal=any_tune(host, latents[:1])):
         seen, latents = seen.clone(), latents.clone()
         course = Course(host, superclass, seen, settings.seed)
         try:

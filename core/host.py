@@ -3,6 +3,7 @@
 Letters: b batch · n tokens · m pictures · d text width · c h w latent.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -22,9 +23,11 @@ class Host(Protocol):
     out_of_memory: type[BaseException]
     tight: bool  # whether the last training was in as little memory as can be
 
-    def training(self, latents: Tensor, tight: bool = False) -> AbstractContextManager:
+    def training(self, latents: Tensor, tight: bool = False,
+                 rehearsal: Callable[[], object] | None = None) -> AbstractContextManager:
         """Everything that gradients need, for steps on latents (1, c, h, w), undone on leaving. `tight` asks for as
-        little memory as can be; a host that sees how much there is may do so unasked."""
+        little memory as can be; a host that sees how much there is may do so unasked, where it is told by `rehearsal`,
+        which does one step on things of its own, what steps take (memory.py)."""
 
     def spare(self) -> None:
         """Give back memory that is only held for later."""

@@ -21,16 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from . import apply as applying
 from . import weight_offset
 from .covariance import captions, frames, inverse_of
+from .file import brief
 from .fingerprint import exact, fingerprint, sample
 from .host_versions import is_dynamic
+from .memory import MARGIN, rehearsed, told
 from .prompt import Token, embedding, encoder, superclass_ids, tokenizers, with_word
 from .public_encoder import pooled_answers
 from .tower import Tower, hash_of
+from .tune import Tuning, rehearse
 
 PREVIEW_STEPS, PREVIEW_CFG = 12, 6.0
-# Peak of forward and backward over what the host reserves to sample the same latents: 2.4 measured with the formula
-# that it has for a CPU (SD1.5 at 256 and 512 px), 8.9 computed with the one for flash attention.
-TRAINING_OVER_SAMPLING = 9
 
 
 def without_inference(module: torch.nn.Module):
@@ -132,17 +132,30 @@ def own_copies(text):
             hook.remove()
 
 
+def any_tune(host, latents: Tensor):
+    """The first step of a tune of any picture and word on latents (1, c, h, w), to ask `host.needed` what it takes."""
+
+    def work():
+        vectors = {name: torch.zeros(encoder(host.clip, name).transformer.get_input_embeddings().weight.shape[1])
+                   for name in host.ids}
+        inverse = torch.eye(next(iter(host.projections.values())).weight.shape[1], dtype=torch.float64)
+        rehearse(host, host.superclass, "<measured>", vectors, inverse, Tuning(), None, latents)
+
+    return work
+
+
 class ComfyHost:
     """See `host.Host`. `folder` keeps covariances, for all but the demo; `progress` hears (done, total) while one is
-    computed."""
+    computed, and `note` a sentence on the memory that a tune takes, before its first step."""
 
     out_of_memory, tight = torch.cuda.OutOfMemoryError, False
 
-    def __init__(self, model, clip, vae, superclass: str, folder, progress=lambda done, total: None):
+    def __init__(self, model, clip, vae, superclass: str, folder, progress=lambda done, total: None,
+                 note=lambda text: None):
         self.base = applying.base_of(model)
         applying.check_clip(clip, self.base)
         self.ids = superclass_ids(clip, superclass)
-        self.source, self.clip, self.vae, self.progress = model, clip, vae, progress
+        self.source, self.clip, self.vae, self.progress, self.note = model, clip, vae, progress, note
         self.superclass = superclass.strip()
         # the demo has its world's captions and their covariance beside it
         self.folder = model.model.model_config.folder if self.base == "creature" else folder
@@ -151,24 +164,56 @@ class ComfyHost:
         self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
         self.answers = {}  # prompt of plain words -> its encodings, and what SDXL adds to the time embedding
 
+    def learn_on(self, patcher, text):
+        """Take the models of these patchers for those that are learnt on."""
+        self.patcher, self.text = patcher, text.model
+        self.projections = applying.projections(patcher.model.diffusion_model)
+        self.attention = weight_offset.attention(patcher.model.diffusion_model)
+
     @contextmanager
-    def training(self, latents: Tensor, tight: bool = False):
+    def blocks(self, tight: bool):
+        """While open, the models keep what the way back needs: as little as can be, if `tight`."""
+        unet = checkpointed(self.patcher.model.diffusion_model) if tight else nullcontext()
+        with unet, own_copies(self.text):
+            yield
+
+    def needed(self, rehearsal, tight: bool) -> int:
+        """Bytes that a step takes at its peak, beside the weights. Nothing is loaded or changed for it."""
+        answers, self.answers = self.answers, {}
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), self.blocks(tight):
+                return rehearsed(rehearsal, [self.patcher.model.diffusion_model, self.text], self.device)
+        finally:
+            self.answers = answers
+
+    @contextmanager
+    def training(self, latents: Tensor, tight: bool = False, rehearsal=None):
         with torch.inference_mode(False), torch.enable_grad():
-            self.patcher, text = fixed(self.source), fixed(self.clip.patcher)
-            need = self.patcher.memory_required([1, *latents.shape[1:]]) * TRAINING_OVER_SAMPLING
-            if any(p.is_inference() for patcher in (self.patcher, text) for p in patcher.model.parameters()):
+            patcher, text = fixed(self.source), fixed(self.clip.patcher)
+            if any(p.is_inference() for model in (patcher, text) for p in model.model.parameters()):
                 memory.unload_all_models()  # unpins memory that belongs to the tensors which are about to go
-            for patcher in (self.patcher, text):
-                without_inference(patcher.model)
-            self.load = partial(load_to_learn, (self.patcher, text), need)
-            self.load()
-            self.text = text.model
-            self.projections = applying.projections(self.patcher.model.diffusion_model)
-            self.attention = weight_offset.attention(self.patcher.model.diffusion_model)
-            self.tight = tight or memory.get_free_memory(self.device) < need
-            unet = checkpointed(self.patcher.model.diffusion_model) if self.tight else nullcontext()
-            with unet, own_copies(self.text):
+            for model in (patcher, text):
+                without_inference(model.model)
+            self.learn_on(patcher, text)
+            need = patcher.memory_required([1, *latents.shape[1:]])  # without gradients
+            try:
+                need = self.needed(rehearsal, tight) if rehearsal else need
+            except Exception as error:  # other packs' code runs in it, which may want to see numbers
+                logging.warning(f"Perfusion: what this takes of memory could not be told. {brief(error)}")
+                rehearsal = None
+            load_to_learn((patcher, text), int(need * MARGIN))
+            free = memory.get_free_memory(self.device)
+            self.tight = tight or free < need * MARGIN
+            if rehearsal:
+                need = self.needed(rehearsal, True) if self.tight and not tight else need
+                self.say(told(need, patcher.model_size() + text.model_size(), free, self.tight))
+            self.load = partial(load_to_learn, (patcher, text), int(need * MARGIN))
+            with self.blocks(self.tight):
                 yield
+
+    def say(self, text: str):
+        logging.info(f"Perfusion: {text}")
+        self.note(text)
 
     def spare(self):
         memory.unload_all_models()

@@ -191,7 +191,7 @@ class DiffusersHost:
         self.answers = {}  # prompt of plain words -> its encodings, and what SDXL adds to the time embedding
 
     @contextmanager
-    def training(self, latents: Tensor, tight: bool = False):
+    def training(self, latents: Tensor, tight: bool = False, rehearsal=None):
         models = self.pipe.unet, *(model for _, model in self.encoders.values())
         weights = [(w, w.requires_grad) for model in models for w in model.parameters()]
         unet, self.tight = self.pipe.unet, tight or self.pipe.unet.is_gradient_checkpointing

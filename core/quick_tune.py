@@ -21,17 +21,17 @@ def quick_tune(model, clip, vae, images, superclass, word, settings, mask, start
     """Learn a concept (see `tune.tune`), or find it on disk where the same was learnt before.
 
     `folder` keeps covariances and finished tunes. `watch` hears through captions(done, total), picture(made) of the one
-    from before and of one after each `every` steps (0: of none), step(progress), and note(text) where memory ran out.
-    Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed. Concepts that the model
-    carries already take no part. Raises ValueError for bad input, tune.Diverged, and the host's cancel; what was learnt
-    by then went to `keep`.
+    from before and of one after each `every` steps (0: of none), step(progress), and note(text) of the memory that it
+    takes. Returns the concept and pictures (1, H, W, 3) before and after, of one prompt and seed. Concepts that the
+    model carries already take no part. Raises ValueError for bad input, tune.Diverged, and the host's cancel; what was
+    learnt by then went to `keep`.
     """
     model = plain(model)
     tuning.check(images, mask, settings)
     check_word(word)
     if start:
         check(model, clip, start)
-    host = ComfyHost(model, clip, vae, superclass, folder, watch.captions)
+    host = ComfyHost(model, clip, vae, superclass, folder, watch.captions, watch.note)
     with_word(clip, word, Token({}, host.ids))  # refuses a word that is taken, before any work
     key = tune_key(model, clip, vae, images, mask, superclass, word, asdict(settings), start and dump(start),
                    captions(host.folder))

@@ -177,7 +177,10 @@ def tune(
                        covariance=covariance, domain=start.domain if start else "", training=facts,
                        **lesson.learnt())
 
-    with host.training(latents[:1], tight):
+    def rehearsal():
+        rehearse(host, superclass, word, embedding, C_inv, settings, start, latents[:1])
+
+    with host.training(latents[:1], tight, rehearsal):
         # clones: what was made under the host's inference mode cannot be saved for the way back
         latents, weight = latents.clone().to(host.device), weight.clone().to(host.device)
         lesson = Lesson(host, superclass, word, embedding, C_inv, settings, start)
@@ -214,6 +217,18 @@ def what_is_wrong(losses: list[float], window: int = 5) -> str:
     if len(losses) >= 2 * window and late > 4 * early:
         return f"the loss has grown from {early:.3f} to {late:.3f}"
     return ""
+
+
+def rehearse(host: Host, superclass: str, word: str, embedding: dict[str, Tensor], C_inv: Tensor, settings: Tuning,
+             start: Concept | None, latents: Tensor):
+    """A lesson's beginning and its first step on latents (1, c, h, w), by which a host knows what a tune takes: of all
+    its batch one sample is enough, because what one has taken is given back before the next."""
+    lesson, latents = Lesson(host, superclass, word, embedding, C_inv, settings, start), latents.clone().to(host.device)
+    sample = [(0, k % len(settings.templates), 0.5) for k in range(settings.batch)]
+    context, leaf = lesson.read(sample)
+    with key_lock.edited(host.projections, lesson.edit()) as meet:
+        lesson.look(latents, torch.ones_like(latents[:, :1]), sample, 0, leaf, meet, torch.Generator())
+    lesson.move(context, leaf)
 
 
 @torch.no_grad()
@@ -266,31 +281,43 @@ class Lesson:
 
     def step(self, latents: Tensor, weight: Tensor, sample, generator: torch.Generator) -> float:
         """One optimiser step over a batch of (picture, template, time); the mean loss."""
-        host, settings, total = self.host, self.settings, 0.0
-        templates = [settings.templates[template] for _, template, _ in sample]
-        context, _ = host.encode([t.replace("{}", self.word) for t in templates], self.word, self.embedding)
-        leaf = context.detach().requires_grad_()
-        with key_lock.edited(host.projections, self.edit()) as meet:
-            for k, (picture, _, t) in enumerate(sample):
-                host.check()
-                x, m = latents[picture : picture + 1], weight[picture : picture + 1]
-                noise = torch.randn(x.shape, generator=generator).to(x.device)
-                row = leaf[k : k + 1].to(host.dtype)
-                meet(row)
-                errors = host.errors(x, noise, torch.tensor([t], device=x.device), row,
-                                     templates[k].replace("{}", self.superclass))
-                loss = (m * errors).mean(1).sum() / m.sum() / len(sample)
-                self.scaler.scale(loss).backward()
-                total += loss.item()
+        context, leaf = self.read(sample)
+        with key_lock.edited(self.host.projections, self.edit()) as meet:
+            losses = [self.look(latents, weight, sample, k, leaf, meet, generator) for k in range(len(sample))]
+        self.move(context, leaf)
+        return sum(losses)
+
+    def read(self, sample) -> tuple[Tensor, Tensor]:
+        """The encodings (b, n, d) of a batch's templates with the word in them, and a leaf of the same that gathers the
+        gradients to them."""
+        templates = [self.settings.templates[template].replace("{}", self.word) for _, template, _ in sample]
+        context, _ = self.host.encode(templates, self.word, self.embedding)
+        return context, context.detach().requires_grad_()
+
+    def look(self, latents: Tensor, weight: Tensor, sample, k: int, leaf: Tensor, meet, generator) -> float:
+        """The gradients of the k-th of a batch, and its part of the mean loss."""
+        host, (picture, template, t) = self.host, sample[k]
+        host.check()
+        x, m = latents[picture : picture + 1], weight[picture : picture + 1]
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        row = leaf[k : k + 1].to(host.dtype)
+        meet(row)
+        errors = host.errors(x, noise, torch.tensor([t], device=x.device), row,
+                             self.settings.templates[template].replace("{}", self.superclass))
+        loss = (m * errors).mean(1).sum() / m.sum() / len(sample)
+        self.scaler.scale(loss).backward()
+        return loss.item()
+
+    def move(self, context: Tensor, leaf: Tensor):
+        """Bring the gradients of a batch home through the text encoder, and move what is learnt by them."""
         context.backward(leaf.grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         turn = [self.frames[(self.turn + k) % len(self.frames)] for k in range(FRAMES)]
         self.turn += FRAMES
-        now = at_the_word(host, self.word, self.embedding, turn)
+        now = at_the_word(self.host, self.word, self.embedding, turn)
         self.target_input = EMA * self.target_input + (1 - EMA) * now
-        return total
 
     def what_is_wrong(self) -> str:
         """Why what was learnt is no longer usable, or nothing. The file is in fp16."""

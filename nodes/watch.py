@@ -97,6 +97,7 @@ class Watch:
 
     def __init__(self, node_id: str, images: torch.Tensor):
         self.node_id, self.images, self.drawn, self.losses, self.steps = node_id, images, [], [], 0
+        self.noted = []
         self.bar = ProgressBar(1, node_id=node_id)
 
     def captions(self, done: int, total: int):
@@ -109,15 +110,17 @@ class Watch:
         self.drawn = [*(self.drawn or [to_pil(self.images)])[:2], to_pil(made)]
 
     def note(self, text: str):
-        """Something that is to be known of the tune."""
+        """Something that is to be known of the tune, from before its first step to its end."""
+        self.noted.append(text)
         tell(self.node_id, text)
 
     def step(self, progress):
         """A step is done."""
         self.losses, self.steps = progress.losses, progress.steps
         left = progress.seconds_left
-        tell(self.node_id, f"Step {progress.step} of {progress.steps}, "
-                           f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left")
+        now = (f"Step {progress.step} of {progress.steps}, "
+               f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left")
+        tell(self.node_id, "\n".join([now, *self.noted]))
         parts = [*self.drawn, curve(self.losses, self.steps)]
         self.bar.update_absolute(progress.step, progress.steps, ("JPEG", sheet(*parts), 2 * SIDE))
 

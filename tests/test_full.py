@@ -44,6 +44,7 @@ def test_a_photograph_becomes_a_file_and_the_file_a_word_in_the_stock_nodes(fami
     from skimage import data
 
     import nodes
+    from perfusion.bench.memory import allocated
     from perfusion.core import apply as applying
     from perfusion.core import host_comfy
     from perfusion.core.concept import load, save
@@ -62,7 +63,15 @@ def test_a_photograph_becomes_a_file_and_the_file_a_word_in_the_stock_nodes(fami
         concept = tune(host, photo, "cat", "<mimi>", Tuning(steps=2, batch=1, resolution=RESOLUTION),
                        report=lambda progress: losses.append(progress.losses[-1]))
         assert len(losses) == 2 and concept.training["ridge"] > 0
-        del host
+
+        latents, held = torch.zeros(1, 4, 16, 16), model.model_size() + clip.patcher.model_size()
+        step = host_comfy.any_tune(host, latents)
+        told = held + host.needed(step, tight=True)
+        with host.training(latents, tight=True):
+            taken = held + allocated(step)
+        assert abs(told / taken - 1) < 0.15
+        print(f"{family}: a tune at 128 pixels takes {taken / 2**30:.3f} GB, told were {told / 2**30:.3f} GB")
+        del host, step
 
         path = save(concept, tmp_path / "mimi.safetensors")
         assert path.stat().st_size <= LARGEST[family] * 1024

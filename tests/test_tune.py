@@ -230,7 +230,7 @@ def test_half_precision_learns_nearly_the_same(tiny, folder, dtype):
 
 def test_little_memory_chooses_checkpointing_and_learns_the_same(host, monkeypatch):
     plain = learn(host())
-    monkeypatch.setattr(host_comfy, "TRAINING_OVER_SAMPLING", 10**9)
+    monkeypatch.setattr(host_comfy, "MARGIN", 10**9)
     tight, found = host(), []
     blocks = [m for m in tight.source.model.modules() if type(m).__name__ == "BasicTransformerBlock"]
     learnt = learn(tight, report=lambda progress: found.append(all("forward" in vars(b) for b in blocks)))
