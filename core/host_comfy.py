@@ -96,7 +96,8 @@ def checkpointed(diffusion_model):
         def forward(*args, transformer_options=None, **kwargs):
             if transformer_options is not None:  # the host writes the block's place into it: keep this block's own
                 kwargs["transformer_options"] = dict(transformer_options)
-            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+            # nothing is drawn in a block, and what has no content (memory.py) has no generator to put back
+            return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return forward
 
     blocks = [m for m in diffusion_model.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResBlock")]
