@@ -18,6 +18,7 @@ COMMANDS = {
     "dial": "draw creatures at every strength of our dial, and at those of its peers",
     "composition": "draw several concepts on one model, and two or three of them in one picture",
     "composition-speed": "time what several concepts cost while a picture is made, in ComfyUI",
+    "need": "print what a tune takes of memory, by base and resolution",
     "fidelity": "print how well a fidelity curve and its knee agree with the truth",
     "styles": "train a domain of drawing styles, and score what it makes of one picture",
     "e4t": "train the domains that it is measured against",
