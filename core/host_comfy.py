@@ -31,6 +31,9 @@ from .tower import Tower, hash_of
 from .tune import Tuning, rehearse
 
 PREVIEW_STEPS, PREVIEW_CFG = 12, 6.0
+# Where it cannot be told: peak of forward and backward over what the host reserves to sample the same latents, 8.9
+# computed with the formula that it has for flash attention.
+TRAINING_OVER_SAMPLING = 9
 
 
 def without_inference(module: torch.nn.Module):
@@ -201,7 +204,7 @@ class ComfyHost:
                 need = self.needed(rehearsal, tight) if rehearsal else need
             except Exception as error:  # other packs' code runs in it, which may want to see numbers
                 logging.warning(f"Perfusion: what this takes of memory could not be told. {brief(error)}")
-                rehearsal = None
+                rehearsal, need = None, need * TRAINING_OVER_SAMPLING
             load_to_learn((patcher, text), int(need * MARGIN))
             free = memory.get_free_memory(self.device)
             self.tight = tight or free < need * MARGIN

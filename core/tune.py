@@ -243,6 +243,11 @@ def at_the_word(host: Host, word: str, embedding: dict[str, Tensor], frames: lis
     return each_at_the_word(host, word, embedding, frames).mean(0)
 
 
+def told(sample) -> list[int]:
+    """The templates of a batch of (picture, template, time), each once: a large batch encodes no more than there are."""
+    return sorted({template for _, template, _ in sample})
+
+
 class Lesson:
     """What is being learnt, and one step of learning it. `embedding` is where v* starts (d of each text encoder), C_inv
     is (d, d) in fp64, and `start` an earlier concept to go on from."""
@@ -288,9 +293,9 @@ class Lesson:
         return sum(losses)
 
     def read(self, sample) -> tuple[Tensor, Tensor]:
-        """The encodings (b, n, d) of a batch's templates with the word in them, and a leaf of the same that gathers the
-        gradients to them."""
-        templates = [self.settings.templates[template].replace("{}", self.word) for _, template, _ in sample]
+        """The encodings (c, n, d) of a batch's templates with the word in them, each once, in order, and a leaf of the
+        same that gathers the gradients to them."""
+        templates = [self.settings.templates[k].replace("{}", self.word) for k in told(sample)]
         context, _ = self.host.encode(templates, self.word, self.embedding)
         return context, context.detach().requires_grad_()
 
@@ -300,7 +305,8 @@ class Lesson:
         host.check()
         x, m = latents[picture : picture + 1], weight[picture : picture + 1]
         noise = torch.randn(x.shape, generator=generator).to(x.device)
-        row = leaf[k : k + 1].to(host.dtype)
+        at = told(sample).index(template)
+        row = leaf[at : at + 1].to(host.dtype)
         meet(row)
         errors = host.errors(x, noise, torch.tensor([t], device=x.device), row,
                              self.settings.templates[template].replace("{}", self.superclass))

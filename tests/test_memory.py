@@ -75,12 +75,13 @@ def test_more_pixels_and_more_captions_take_more_and_computing_twice_takes_less(
 
     def needed(latents, tight=False, batch=4):
         vectors, (inverse, _, _) = host.embedding(CAT), host.inverse_covariance()
-        return host.needed(partial(tune.rehearse, host, CAT, MIMI, vectors, inverse, replace(FAST, batch=batch), None,
-                                   latents), tight)
+        settings = replace(FAST, batch=batch, templates=tune.TEMPLATES)
+        return host.needed(partial(tune.rehearse, host, CAT, MIMI, vectors, inverse, settings, None, latents), tight)
 
     host.learn_on(host.source, host.clip.patcher)
     assert needed(LATENTS, tight=True) < needed(LATENTS) < needed(LATENTS.repeat(1, 1, 2, 2))
-    assert needed(LATENTS) < needed(LATENTS, batch=16)
+    # a batch encodes each caption once, however large it is
+    assert needed(LATENTS, batch=1) < needed(LATENTS, batch=len(tune.TEMPLATES)) == needed(LATENTS, batch=64)
 
 
 def test_it_follows_the_kernel_of_attention_that_is_chosen(host):
