@@ -19,7 +19,8 @@ COMFY = beside.enter(cpu=True)
 RESULTS = HERE.parent / "bench" / "results" / "hosts.json"
 collect_ignore = []
 if not COMFY:
-    collect_ignore = [p.name for p in HERE.glob("test_*.py") if "pytest.mark.host" in p.read_text(encoding="utf-8")]
+    collect_ignore = [str(p.relative_to(HERE)) for p in HERE.rglob("test_*.py")
+                      if "pytest.mark.host" in p.read_text(encoding="utf-8")]
     warnings.warn(f"EVERY TEST AGAINST THE REAL HOST IS SKIPPED: {beside.MISSING}", stacklevel=1)
 
 
