@@ -1,5 +1,5 @@
-# make demo · make test · make test-hosts · make test-full · make test-faults · make test-e2e · make bench
-# make bench-quick SEED=n · make bench-speed · make world · make comfy · make lint
+# make demo · make test · make test-hosts · make test-full · make test-faults · make test-soak · make test-e2e
+# make bench · make bench-quick SEED=n · make bench-speed · make world · make comfy · make lint
 #
 # .venv is for development only; inside ComfyUI the pack needs nothing beyond what ComfyUI installs.
 
@@ -10,7 +10,7 @@ COMFYUI_REPOSITORY ?= https://github.com/comfyanonymous/ComfyUI
 COMFYUI_VERSION ?= v0.33.0
 RUN = PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest
 
-.PHONY: setup comfyui test test-hosts test-full test-faults test-e2e bench bench-quick bench-speed world demo comfy lint clean
+.PHONY: setup comfyui test test-hosts test-full test-faults test-soak test-e2e bench bench-quick bench-speed world demo comfy lint clean
 
 setup: .venv/ready comfyui
 
@@ -33,7 +33,7 @@ comfyui: .venv/ready
 	fi
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m "not full and not e2e and not faults" tests
+	OMP_NUM_THREADS=1 $(RUN) -m "not full and not e2e and not faults and not soak" tests
 	if [ -n "$(FOUND)" ]; then OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py -k sd1; fi
 
 # On every checkout of ComfyUI in HOSTS (paths with colons between them), each with the packages of its own that it pins.
@@ -44,7 +44,7 @@ test-hosts: setup
 	  version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' $$host/comfyui_version.py); echo "== ComfyUI $$version"; \
 	  $(BIN)/pip install --quiet --no-deps --upgrade --target .venv/hosts/$$version $$(grep "^comfyui-" $$host/requirements.txt) \
 	  && PYTHONPATH=$$PWD/.venv/hosts/$$version COMFYUI_PATH=$$host OMP_NUM_THREADS=1 \
-	    $(RUN) -m "host and not full and not e2e and not faults" tests || failed=1; \
+	    $(RUN) -m "host and not full and not e2e and not faults and not soak" tests || failed=1; \
 	done; exit $$failed
 
 test-full: setup
@@ -53,6 +53,10 @@ test-full: setup
 # Bad files by the ten thousand, and hundreds of kills: half an hour on two busy cores. The counts go to bench/results/faults.json.
 test-faults: setup
 	OMP_NUM_THREADS=1 $(RUN) -m faults tests/faults
+
+# A thousand runs of all kinds in one server. The counts go to bench/results/soak.json.
+test-soak: setup
+	OMP_NUM_THREADS=1 $(RUN) -m soak tests/soak
 
 # What an artist sees, in a real browser before a real server. pip installs what drives the browser and not the browser:
 # that is Debian's chromium, Playwright's own or the one at $$CHROMIUM, and where there is none the tests say what to install.

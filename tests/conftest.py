@@ -16,7 +16,7 @@ beside = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(beside)
 
 COMFY = beside.enter(cpu=True)
-RESULTS = HERE.parent / "bench" / "results" / "hosts.json"
+HOSTS = HERE.parent / "bench" / "results" / "hosts.json"
 collect_ignore = []
 if not COMFY:
     collect_ignore = [str(p.relative_to(HERE)) for p in HERE.rglob("test_*.py")
@@ -31,8 +31,8 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     from comfyui_version import __version__
 
     counts = {kind: len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped")}
-    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(held | {__version__: counts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    held = json.loads(HOSTS.read_text(encoding="utf-8")) if HOSTS.exists() else {}
+    HOSTS.write_text(json.dumps(held | {__version__: counts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
