@@ -244,7 +244,7 @@ def at_the_word(host: Host, word: str, embedding: dict[str, Tensor], frames: lis
 
 
 def told(sample) -> list[int]:
-    """The templates of a batch of (picture, template, time), each once: a large batch encodes no more than there are."""
+    """The templates of a batch of (picture, template, time), each once: a large one encodes no more than there are."""
     return sorted({template for _, template, _ in sample})
 
 
