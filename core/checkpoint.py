@@ -1,6 +1,13 @@
 """The checkpoint of a domain's training: what was learnt, the optimiser, how the loss is scaled in fp16, and the step.
 
-It says what the training is of, and another training does not go on from it.
+It is all that there is. The learning rate, and the rows, times, noise and captions of a step, come from the seed and
+the step's number alone (school.py `draw`), the same on every process: so the step is the place in the data and in the
+schedule, and no random state of any process has to be kept. Nothing else draws: model, text encoders and tower are in
+their evaluation mode, the encoder that learns has no dropout, and the VAE answers with its mode. There are no weight
+offsets in it, as none are learnt here (train_domain.py).
+
+It says what the training is of, and another training does not go on from it. How many processes there are is no part of
+that.
 """
 
 import io

@@ -55,8 +55,8 @@ def train_domain(model, clip, vae, clip_vision, images: Tensor, superclass: str,
     seen, latents = tokens_of(tower, images, Encoder.read), host.latents(tuning.fit(images, resolution))
     done = 0
 
-    def data(rows, generator):
-        lines = [tuning.TEMPLATES[k] for k in torch.randint(len(tuning.TEMPLATES), (len(rows),), generator=generator)]
+    def data(rows, turns):
+        lines = [tuning.TEMPLATES[turn % len(tuning.TEMPLATES)] for turn in turns]
         return latents[rows], torch.ones_like(latents[rows][:, :1]), seen[rows], lines
 
     def heard(schooled):

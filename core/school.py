@@ -1,7 +1,8 @@
 """The loop of Train Domain: steps of a `train_domain.Course`, on one process or on many, that go on where they stopped.
 
-Everything that a step draws comes from the seed and its number alone, for all processes together; each takes its share.
-So a run that was killed ends at the weights of an unbroken one, and two processes learn what one does, to rounding.
+Everything that a step draws comes from the seed and its number alone, here and for all processes together; each takes
+its share, and sees no picture of another's. So a run that was killed ends at the weights of an unbroken one, and two
+processes learn what one does, to rounding.
 """
 
 import math
@@ -16,6 +17,7 @@ from .checkpoint import Checkpoint
 from .train_domain import Course
 
 WARM_UP = 100  # steps
+TURNS = 256 * math.lcm(*range(1, 17))  # divided by how many captions there are: of up to 16 each is as likely
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,12 @@ def check(settings: Schooling, processes: int):
 
 
 def draw(settings: Schooling, step: int, count: int):
-    """What a step is of: rows of `count` pictures, times in [0, 1), a seed for its noise and captions."""
+    """What a step is of: rows of `count` pictures, times in [0, 1), for each row a whole number that chooses among its
+    captions, and what its noise is drawn with."""
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
     rows = torch.randint(count, (settings.batch,), generator=generator)
-    return rows, torch.rand(settings.batch, generator=generator), generator
+    times = torch.rand(settings.batch, generator=generator)
+    return rows, times, torch.randint(TURNS, (settings.batch,), generator=generator), generator
 
 
 def train(course: Course, data, count: int, settings: Schooling, machine=None, checkpoint: Checkpoint | None = None,
@@ -100,7 +104,8 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
           sample: Callable[[Course, int], None] = lambda course, step: None):
     """Teach the course, in place.
 
-    `data(rows, generator)` answers latents, weights, class tokens and captions of rows of its `count` pictures.
+    `data(rows, turns)` answers latents, weights, class tokens and captions of rows of its `count` pictures: of this
+    process' share of a step. A turn is a whole number that chooses among the captions of its row.
     `checkpoint` is written each `every` steps and at the end, and gone on from where it is there. To its facts come
     the settings and the superclass, but not `accumulate`, which is of a machine. `sample` is called then too, with the
     step. Raises ValueError, Diverged among them, and the host's cancel, with the checkpoint left as it was last.
@@ -115,6 +120,9 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         own = {name: value for name, value in asdict(settings).items() if name != "accumulate"}
         checkpoint = replace(checkpoint, facts=own | {"superclass": course.superclass} | checkpoint.facts)
         begun = checkpoint.resume(course, optimizer, machine.scaler) if checkpoint.path.exists() else 0
+    if machine.reduce(torch.tensor(float(begun), device=device), "mean") != begun:
+        raise ValueError(f"A process would go on from step {begun} and another from elsewhere: they do not see one "
+                         "checkpoint. Give an --out in a folder that all machines share.")
     module, optimizer = machine.prepare(course, optimizer)
     share = settings.batch // machine.num_processes
     mine = slice(machine.process_index * share, (machine.process_index + 1) * share)
@@ -124,13 +132,13 @@ def train(course: Course, data, count: int, settings: Schooling, machine=None, c
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1, (step + 1) / WARM_UP) * (
                 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
-        rows, times, generator = draw(settings, step, count)
-        latents, weight, seen, captions = data(rows, generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        parts = [part[mine].chunk(settings.accumulate) for part in (latents, weight, seen, noise, times)]
+        rows, times, turns, generator = draw(settings, step, count)
+        latents, weight, seen, captions = data(rows[mine], turns[mine])
+        noise = torch.randn(settings.batch, *latents.shape[1:], generator=generator)[mine]
+        parts = [part.chunk(settings.accumulate) for part in (latents, weight, seen, noise, times[mine])]
         told = []
         for k, (x, w, f, e, t) in enumerate(zip(*parts)):
-            lines = captions[mine][k * len(x) : (k + 1) * len(x)]
+            lines = captions[k * len(x) : (k + 1) * len(x)]
             last = k + 1 == settings.accumulate
             x, w, f, e, t = (p.to(device) for p in (x, w, f, e, t))
             with nullcontext() if last else machine.no_sync(module), ExitStack() as undo:

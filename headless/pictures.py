@@ -7,18 +7,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from core.file import brief
 from core.file import write as keep
 
 
-def read(path) -> torch.Tensor:
-    """The picture of a file, turned as its camera was held. Raises ValueError for what cannot be learnt from."""
+def read(file, name: str = "") -> torch.Tensor:
+    """The picture of a path, or of an open file of this name, turned as its camera was held. Raises ValueError for what
+    cannot be learnt from, and OSError where there is nothing to open."""
+    name = name or str(file)
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{path}' is not a picture that can be read. Give a PNG, a JPEG or a WebP of usual "
+        picture = ImageOps.exif_transpose(Image.open(file))
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what damaged pictures raise
+        if getattr(error, "errno", None):
+            raise
+        said = "" if isinstance(error, UnidentifiedImageError) else f" ({brief(error)})"
+        raise ValueError(f"'{name}' is not a picture that can be read{said}. Give a PNG, a JPEG or a WebP of usual "
                          "size.") from error
     if picture.mode.startswith(("I", "F")) or "A" in picture.getbands():
-        raise ValueError(f"'{path}' is a picture of mode {picture.mode}, and one of eight bits without transparency is "
+        raise ValueError(f"'{name}' is a picture of mode {picture.mode}, and one of eight bits without transparency is "
                          "needed. Put what was cut out on a background, or save it as a JPEG.")
     return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 

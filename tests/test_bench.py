@@ -104,7 +104,7 @@ def test_a_rival_domain_learns_and_what_is_tuned_from_it_begins_as_it_draws(host
     r = torch.Generator().manual_seed(1)
     latents, seen, heard = torch.randn(6, 8, 8, 8, generator=r), torch.randn(6, 2, 8, generator=r), []
 
-    def data(rows, generator):
+    def data(rows, turns):
         return latents[rows], torch.ones(len(rows), 1, 8, 8), seen[rows], ["a photo of a {}"] * len(rows)
 
     with host.training(latents[:1]):

@@ -18,6 +18,9 @@ from perfusion.bench import world
 from perfusion.core.domain import load, save
 
 ROOT = Path(__file__).parent.parent
+# --cpu would quietly start one process
+TWO = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+       "no", "--dynamo_backend", "no", "-m")
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +114,9 @@ def shown(said):
 
 
 def test_two_processes_and_parts_of_a_step_learn_and_show_what_one_does(place, school, unbroken, tmp_path, capsys):
-    process = start(command(place, tmp_path / "two.safetensors"), "accelerate.commands.launch", "--cpu",
-                    "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                    "-m")
+    process = start(command(place, tmp_path / "two.safetensors"), *TWO)
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    assert process.returncode == 0 and "on 2 processes" in said, said
     assert school(place, tmp_path / "parts.safetensors", "--accumulate", 2) == 0
     assert len(shown(said)) == 4 and shown(said) == pytest.approx(shown(capsys.readouterr().out), rel=1e-2)
     assert school(place, tmp_path / "other.safetensors", "--seed", 1) == 0  # of other pictures and noise
@@ -148,27 +149,27 @@ def album(place, school):
     album, commands = sys.modules["headless.album"], sys.modules["headless.domain"]
     pipe, folder = commands.open_model(place / "model")
     host = commands.host_diffusers.DiffusersHost(pipe, "creature", folder)
-    return album, album.listed(place / "pictures"), host, commands.open_tower(place / "tower")
+    return album, album.Folder(place / "pictures"), host, commands.open_tower(place / "tower")
 
 
 def test_pictures_are_read_some_at_a_time_with_the_numbers_of_one_at_a_time(album, place, tmp_path, monkeypatch):
-    album, paths, host, tower = album
+    album, folder, host, tower = album
     sizes, few = [], replace(tower, states=lambda x: sizes.append(len(x)) or tower.states(x))
     monkeypatch.setattr(album, "AT_ONCE", 4)
-    latents, tokens = album.seen(paths, place / "pictures", tmp_path, host, few, 64)
+    latents, tokens = album.seen(folder, range(10), tmp_path, host, few, 64)
     assert sizes == [4, 4, 2] and len(latents) == len(tokens) == 10
     for k in 0, 5, 9:
-        picture = album.square(album.pictures.read(paths[k]), 64)
+        picture = album.square(folder.picture(k), 64)
         torch.testing.assert_close(latents[k : k + 1].float(), host.latents(picture), atol=1e-4, rtol=2e-3)
         found = album.tokens_of(tower, picture, album.Encoder.read)
         torch.testing.assert_close(tokens[k : k + 1].float(), found, atol=2e-3, rtol=2e-3)
 
 
 def test_another_vae_or_another_scale_of_it_sees_the_pictures_anew(album, place, tmp_path):
-    album, paths, host, tower = album
+    album, folder, host, tower = album
 
     def latents():
-        return album.seen(paths, place / "pictures", tmp_path, host, tower, 64)[0]
+        return album.seen(folder, range(10), tmp_path, host, tower, 64)[0]
 
     first, vae = latents(), host.pipe.vae
     assert torch.equal(latents(), first) and len(list(tmp_path.iterdir())) == 1
@@ -180,12 +181,12 @@ def test_another_vae_or_another_scale_of_it_sees_the_pictures_anew(album, place,
 
 
 def test_each_thing_that_a_training_is_of_has_a_fact_of_its_own(album, place, tmp_path):
-    album, paths, host, tower = album
+    album, folder, host, tower = album
     shutil.copytree(place / "pictures", tmp_path, dirs_exist_ok=True)
-    copied, lines = album.listed(tmp_path), [["a {}"]] * len(paths)
+    lines = [["a {}"]] * len(folder)
 
-    def facts(folder=place / "pictures", paths=paths, tower=tower, lines=lines, resolution=64):
-        return sys.modules["headless.domain"].facts_of(host, tower, folder, paths, lines, resolution)
+    def facts(folder=folder, tower=tower, lines=lines, resolution=64):
+        return sys.modules["headless.domain"].facts_of(host, tower, folder, lines, resolution)
 
     first = facts()
 
@@ -193,19 +194,27 @@ def test_each_thing_that_a_training_is_of_has_a_fact_of_its_own(album, place, tm
         assert all(len(str(fact)) <= 16 for fact in found.values())
         return {name for name in first if found[name] != first[name]}
 
-    assert changed(facts(tmp_path, copied)) == set()
-    copied[3].write_bytes(copied[3].read_bytes() + b" ")
-    assert changed(facts(tmp_path, copied)) == {"pictures"}
-    assert changed(facts(paths=paths[1:])) == {"pictures"}
+    assert changed(facts(album.Folder(tmp_path))) == set()
+    (tmp_path / "8.png").write_bytes((tmp_path / "8.png").read_bytes() + b" ")
+    assert changed(facts(album.Folder(tmp_path))) == {"pictures"}
+    shutil.copy(place / "pictures" / "8.png", tmp_path)
+    (tmp_path / "6.png").unlink()
+    assert changed(facts(album.Folder(tmp_path))) == {"pictures"}
     assert changed(facts(tower=replace(tower, hash="0123"))) == {"tower"}
     assert changed(facts(lines=[*lines[1:], ["a big {}"]])) == {"captions"}
     assert changed(facts(resolution=128)) == {"resolution"}
-    for part in host.pipe.unet, host.pipe.vae, host.pipe.text_encoder:
+    for part, fact in (host.pipe.unet, {"model"}), (host.pipe.vae, {"model"}), (host.pipe.text_encoder,
+                                                                                {"model", "covariance"}):
         weight = next(part.parameters())
         before = weight.data.clone()
         weight.data += 0.1
-        assert changed(facts()) == {"model"}
+        assert changed(facts()) == fact
         weight.data = before
+    captions = place / "model" / "captions.txt"
+    before = captions.read_text(encoding="utf-8")
+    captions.write_text(f"{before}\na creature of another kind", encoding="utf-8")
+    assert changed(facts()) == {"covariance"}
+    captions.write_text(before, encoding="utf-8")
 
 
 @pytest.mark.parametrize("more, says", [

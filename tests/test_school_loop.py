@@ -31,7 +31,7 @@ def taught(host, settings, superclass=CREATURE, weight=1.0, **more):
     r, heard = torch.Generator().manual_seed(1), []
     latents, seen = torch.randn(6, 8, 8, 8, generator=r), torch.randn(6, 2, 8, generator=r)
 
-    def data(rows, generator):
+    def data(rows, turns):
         return latents[rows], torch.full((len(rows), 1, 8, 8), weight), seen[rows], ["a photo of a {}"] * len(rows)
 
     with host.training(latents[:1]):
@@ -85,3 +85,39 @@ def test_a_loss_that_is_no_number_stops_before_it_is_learnt_from(host, tmp_path)
         taught(host, Schooling(steps=2, batch=4, accumulate=4), weight=float("nan"),
                checkpoint=Checkpoint(tmp_path / "x.pt", {}))
     assert not list(tmp_path.iterdir())
+
+
+def test_no_random_state_and_no_dropout_has_a_part_in_it(host):
+    """So that a checkpoint need not hold any."""
+    def disturbed(schooled):
+        torch.manual_seed(7 * schooled.step)
+
+    settings = Schooling(steps=3, batch=2)
+    first, _ = taught(host, settings)
+    dropouts = [(m, "p") for m in host.pipe.unet.modules() if isinstance(m, torch.nn.Dropout)]
+    dropouts += [(m, "dropout") for m in host.pipe.text_encoder.modules() if hasattr(m, "dropout")]
+    before = [getattr(*place) for place in dropouts]
+    try:
+        for module, name in dropouts:
+            setattr(module, name, 0.9)
+        torch.manual_seed(1)
+        second, _ = taught(host, settings, report=disturbed)
+    finally:
+        for (module, name), p in zip(dropouts, before):
+            setattr(module, name, p)
+    assert {name for _, name in dropouts} == {"p", "dropout"}
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+class Elsewhere(Alone):
+    """One of two processes, the other of which sees no checkpoint."""
+
+    def reduce(self, tensor, reduction):
+        return tensor / 2
+
+
+def test_machines_that_do_not_share_a_checkpoint_do_not_go_on(host, tmp_path):
+    kept = {"checkpoint": Checkpoint(tmp_path / "x.pt", {}), "every": 1}
+    taught(host, Schooling(steps=1, batch=2), **kept)
+    with pytest.raises(ValueError, match="in a folder that all machines share"):
+        taught(host, Schooling(steps=1, batch=2), machine=Elsewhere(host), **kept)
