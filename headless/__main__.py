@@ -31,7 +31,7 @@ def found(module: str, name: str):
     return refuse
 
 
-apply, tune = found("learn", "apply"), found("learn", "tune")
+apply, tune = found("learn", "apply"), found("manifest", "tune")
 convert, demo, encode = found("convert", "convert"), found("demo", "demo"), found("encode", "encode")
 train_domain = found("domain", "train_domain")
 
@@ -49,6 +49,17 @@ def option(*names, **settings):
     return names, settings
 
 
+class Unless(argparse.Action):
+    """Arguments that need not be there, though one at least where they are. With `*` in the place of `+` none of them
+    would be found behind an option."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings | {"required": False})
+
+    def __call__(self, parser, namespace, values, name=None):
+        setattr(namespace, self.dest, values)
+
+
 COMMANDS = {
     demo: (
         option("picture", nargs="?", help="a picture of a creature (default: one that comes with the pack)"),
@@ -58,8 +69,12 @@ COMMANDS = {
     ),
     tune: (
         option("model", help="a folder of a diffusers pipeline: SD1.5, SD2.x, SDXL, or this pack's demo"),
-        option("pictures", nargs="+", help="pictures of one thing, of one size"),
-        option("--superclass", required=True, help="the plain word for its kind: cat, person, toy"),
+        option("pictures", nargs="+", action=Unless, help="pictures of one thing, of one size"),
+        option("--manifest", metavar="FILE", help="instead of pictures a .csv with a concept in each line: columns "
+               "picture (several with ; between them), word, superclass, mask, concept, steps, seed, out. What a line "
+               "lacks is as the options say; its paths begin where the .csv is, and its out in --out. A line that has "
+               "its file already is skipped"),
+        option("--superclass", help="the plain word for its kind: cat, person, toy"),
         option("--word", default="<mimi>", help='the new word for it, in angle brackets (default "<mimi>")'),
         option("--concept", help="go on from this file's concept, such as what `encode` wrote"),
         option("--steps", type=int, help=f"default {STEPS}, and {STEPS_FROM_CONCEPT} from a concept"),
@@ -68,7 +83,8 @@ COMMANDS = {
         option("--resolution", type=int, help="pixels a side, about (default: what the pipeline was made for)"),
         option("--mirror", action="store_true", help="learn from mirrored copies too"),
         option("--mask", help="a picture that is white where the thing is"),
-        option("--out", default=".", help="a .safetensors file, or a folder for one named after the word (default .)"),
+        option("--out", default=".", help="a .safetensors file, or a folder for one named after the word (default .); "
+               "with --manifest that folder, and a .jsonl of each process goes there too"),
     ),
     encode: (
         option("model", help="the folder of the pipeline that the domain was trained on, or this pack's demo"),
@@ -92,7 +108,8 @@ COMMANDS = {
     ),
     train_domain: (
         option("model", help="a folder of a diffusers pipeline: SD1.5, SD2.x, SDXL, or this pack's demo"),
-        option("pictures", help="a folder of pictures, with captions beside them or without"),
+        option("pictures", help="a folder of pictures, with captions beside them or without, or webdataset shards: "
+               "their folder, or all of them as 'cats-{000..099}.tar'"),
         option("--tower", required=True, help="a folder of a CLIP vision model, such as CLIP-ViT-H-14"),
         option("--superclass", required=True, help="the plain word for what they have in common: cat, person, toy"),
         option("--out", required=True, help="the .safetensors file; its checkpoint and samples go beside it"),

@@ -33,10 +33,15 @@ def open_model(path):
     return pipe, FOLDER
 
 
-def target(out, name: str) -> Path:
-    """The file that --out asks for, of this name where that is a folder. Raises ValueError where there is one."""
+def place(out, name: str) -> Path:
+    """The file that `out` names, or one of this name in the folder that it names."""
     out = Path(out)
-    out = out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
+    return out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
+
+
+def target(out, name: str) -> Path:
+    """The `place` that --out asks for. Raises ValueError where there is a file."""
+    out = place(out, name)
     if out.exists():
         raise ValueError(f"'{out}' is there already, and was left as it is. Move it, or name another file with --out.")
     return out
@@ -49,8 +54,9 @@ def say(progress):
           f"{progress.seconds_left:.0f} s left ", end=end, flush=True)
 
 
-def captions(done, total):
-    print(f"\rcaptions read, once for this text encoder: {done} of {total}", end="\n" * (done == total), flush=True)
+def captions(done, total, file=None):
+    print(f"\rcaptions read, once for this text encoder: {done} of {total}", end="\n" * (done == total), flush=True,
+          file=file)
 
 
 def alike(paths) -> torch.Tensor:
@@ -63,29 +69,40 @@ def alike(paths) -> torch.Tensor:
     return torch.cat(images)
 
 
-def tune(arguments):
-    """Learn a concept from one or several pictures of one thing."""
-    out = target(arguments.out, arguments.word.strip("<>"))
-    images, start = alike(arguments.pictures), concepts.load(arguments.concept) if arguments.concept else None
-    mask = pictures.read(arguments.mask)[..., 0] if arguments.mask else None
-    pipe, folder = open_model(arguments.model)
+def given(arguments):
+    """What a tune learns from: pictures (m, H, W, 3), a mask (1, H, W) or none, an earlier concept or none."""
+    return (alike(arguments.pictures), pictures.read(arguments.mask)[..., 0] if arguments.mask else None,
+            concepts.load(arguments.concept) if arguments.concept else None)
+
+
+def learn(host, arguments, images, mask, start, out: Path, report=say, note=lambda text: print(f"\n{text}")):
+    """The concept of what was `given`, in the file `out`, with the command's other arguments. Raises as `tune` does."""
     if start:
-        host_diffusers.words_of(pipe, [start])  # refuses one of another model
-    resolution = arguments.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        host_diffusers.words_of(host.pipe, [start])  # refuses one of another model
+    resolution = arguments.resolution or host.pipe.unet.config.sample_size * host.pipe.vae_scale_factor
     settings = tuning.Tuning(steps=tuning.advised(start) if arguments.steps is None else arguments.steps,
                              batch=arguments.batch, seed=arguments.seed, resolution=resolution,
                              mirror=arguments.mirror)
-    host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder, captions)
 
     def keep(concept):
         return str(concepts.save(concept, out.with_stem(f"{out.stem}-stopped")))
 
-    def learn(settings, tight):
-        return tuning.tune(host, images, arguments.superclass, arguments.word, settings, mask, start, say, keep, tight)
+    def attempt(settings, tight):
+        return tuning.tune(host, images, arguments.superclass, arguments.word, settings, mask, start, report, keep,
+                           tight)
 
-    learnt = once_more(host, learn, settings, lambda text: print(f"\n{text}"))
-    path = concepts.save(learnt, out)
-    print(f"{path}: {path.stat().st_size / 1024:.1f} KB")
+    learnt = once_more(host, attempt, settings, note)
+    concepts.save(learnt, out)
+    return learnt
+
+
+def tune(arguments):
+    """Learn one concept."""
+    out, what = target(arguments.out, arguments.word.strip("<>")), given(arguments)
+    pipe, folder = open_model(arguments.model)
+    host = host_diffusers.DiffusersHost(pipe, arguments.superclass, folder, captions)
+    learn(host, arguments, *what, out)
+    print(f"{out}: {out.stat().st_size / 1024:.1f} KB")
 
 
 def apply(arguments):
