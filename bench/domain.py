@@ -47,7 +47,8 @@ def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     folder = WORK / f"domain-{SUPERCLASS}"
     draw(folder)
-    processes = ["--num_processes", str(cores()), "--cpu"] if DEVICE == "cpu" else ["--num_processes", "1"]
+    # with --cpu accelerate starts one process, however many are asked for
+    processes = ["--multi_gpu", "--num_processes", str(cores())] if DEVICE == "cpu" else ["--num_processes", "1"]
     settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *processes, "-m", "headless", "train-domain",
                     DEMO, folder, "--tower", DEMO / "vision", "--superclass", SUPERCLASS, "--out", TRAINED, *settings],
