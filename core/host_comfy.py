@@ -202,6 +202,8 @@ class ComfyHost:
             need = patcher.memory_required([1, *latents.shape[1:]])  # without gradients
             try:
                 need = self.needed(rehearsal, tight) if rehearsal else need
+            except memory.InterruptProcessingException:  # up to v0.8.0 an Exception
+                raise
             except Exception as error:  # other packs' code runs in it, which may want to see numbers
                 logging.warning(f"Perfusion: what this takes of memory could not be told. {brief(error)}")
                 rehearsal, need = None, need * TRAINING_OVER_SAMPLING

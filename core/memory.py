@@ -86,6 +86,9 @@ def rehearsed(work: Callable[[], object], modules: Iterable[torch.nn.Module], de
 
     Nothing is computed. What `work` changes has to be its own. Raises what it raises.
     """
+    # autograd counts devices on its first way back, and FakeTensorMode feigns one: a thread for that would run from
+    # then on, and a fork could not learn
+    torch.zeros(1, requires_grad=True).backward()
     ledger, fake = Ledger(), FakeTensorMode(allow_non_fake_inputs=True)
 
     def twin(tensor):

@@ -2,8 +2,11 @@
 
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import comfy.model_management as management
 import pytest
@@ -130,6 +133,25 @@ def test_it_is_told_before_the_first_step_and_less_is_kept_where_it_would_not_fi
     learnt = learn(host, replace(FAST, resolution=128), report=lambda progress: heard.append(progress.step))
     assert heard[1:] == [1, 2, 3] and host.tight == tight and learnt.training["steps"] == 3
     assert heard[0].startswith("Needs about ") and re.search(said, heard[0]), heard[0]
+
+
+FORKED = """
+import os, torch
+from core.memory import rehearsed
+layer = torch.nn.Linear(4, 4)
+def work(): layer(torch.ones(2, 4, requires_grad=True)).sum().backward()
+rehearsed(work, [layer], torch.device("cpu"))
+if not os.fork():
+    work()
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_fork_of_a_process_whose_first_way_back_was_a_rehearsal_can_learn():
+    pack = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", FORKED], cwd=pack, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_model_that_wants_to_see_numbers_is_learnt_on_all_the_same(host, caplog):
