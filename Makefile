@@ -9,6 +9,7 @@ FOUND = $(shell $(PYTHON) -m headless.comfy)
 COMFYUI_REPOSITORY ?= https://github.com/comfyanonymous/ComfyUI
 COMFYUI_VERSION ?= v0.33.0
 RUN = PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest
+TWO = -n 2 --dist loadfile  # two cores; tests of a file share what was made for them
 
 .PHONY: setup comfyui test test-hosts test-full test-faults test-soak test-e2e bench bench-quick bench-speed world demo comfy lint clean
 
@@ -33,28 +34,28 @@ comfyui: .venv/ready
 	fi
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m "not full and not e2e and not faults and not soak" tests
+	OMP_NUM_THREADS=1 $(RUN) $(TWO) -m "not full and not e2e and not faults and not soak" tests
 	if [ -n "$(FOUND)" ]; then OMP_NUM_THREADS=2 $(RUN) -m full tests/test_full.py -k sd1; fi
 
 # On every checkout of ComfyUI in HOSTS (paths with colons between them), each with the packages of its own that it pins.
-# Ten minutes each on an idle core. The counts go to bench/results/hosts.json.
+# Four minutes each. The counts go to bench/results/hosts.json.
 HOSTS ?= $(FOUND)
 test-hosts: setup
 	@failed=0; for host in $$(echo "$(HOSTS)" | tr : " "); do \
 	  version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' $$host/comfyui_version.py); echo "== ComfyUI $$version"; \
 	  $(BIN)/pip install --quiet --no-deps --upgrade --target .venv/hosts/$$version $$(grep "^comfyui-" $$host/requirements.txt) \
 	  && PYTHONPATH=$$PWD/.venv/hosts/$$version COMFYUI_PATH=$$host OMP_NUM_THREADS=1 \
-	    $(RUN) -m "host and not full and not e2e and not faults and not soak" tests || failed=1; \
+	    $(RUN) $(TWO) -m "host and not full and not e2e and not faults and not soak" tests || failed=1; \
 	done; exit $$failed
 
 test-full: setup
 	OMP_NUM_THREADS=2 $(RUN) -m full tests
 
-# Bad files by the ten thousand, and hundreds of kills: half an hour on two busy cores. The counts go to bench/results/faults.json.
+# Bad files by the ten thousand, and hundreds of kills: ten minutes. The counts go to bench/results/faults.json.
 test-faults: setup
 	OMP_NUM_THREADS=1 $(RUN) -m faults tests/faults
 
-# A thousand runs of all kinds in one server. The counts go to bench/results/soak.json.
+# A thousand runs of all kinds in one server, seven minutes. The counts go to bench/results/soak.json.
 test-soak: setup
 	OMP_NUM_THREADS=1 $(RUN) -m soak tests/soak
 
