@@ -119,8 +119,8 @@ class Watch:
         self.losses, self.steps = progress.losses, progress.steps
         left = progress.seconds_left
         now = (f"Step {progress.step} of {progress.steps}, "
-               f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left")
-        tell(self.node_id, "\n".join([now, *self.noted]))
+               f"{f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left.")
+        tell(self.node_id, "\n".join([now, *self.noted]))  # Nodes 2.0 shows all of it as one line
         parts = [*self.drawn, curve(self.losses, self.steps)]
         self.bar.update_absolute(progress.step, progress.steps, ("JPEG", sheet(*parts), 2 * SIDE))
 
