@@ -7,7 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 PACK = Path(__file__).parent.parent.resolve()
+# While tests are collected, before one of torch.compile: after its FakeTensorMode no fork could learn (core/memory.py).
+torch.zeros(1, requires_grad=True).backward()
 
 
 def lines(work) -> int:
