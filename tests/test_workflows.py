@@ -88,13 +88,14 @@ def made(server, info):
                 box["inputs"] |= SMALL.get(box["class_type"], {})
                 if box["class_type"] == "EmptyLatentImage":
                     box["inputs"]["batch_size"] = 1
-            server.call("/free", {"free_memory": True})  # v0.8.0 tells nothing of a preview that another graph made
+                if box["class_type"] in ("PreviewImage", "SaveImage"):
+                    box["class_type"] = "SaveImage"  # anew for each run: v0.8.0 says nothing of what it kept of another
+                    box["inputs"]["filename_prefix"] = f"run-{len(runs)}"
             status, outputs, errors = server.run(graph)
             assert status == "success", errors
-            images = [image for key, box in graph.items() if box["class_type"] in ("PreviewImage", "SaveImage")
+            images = [image for key, box in graph.items() if box["class_type"] == "SaveImage"
                       for image in outputs[key]["images"]]
-            places = {"temp": server.base / "temp", "output": server.base / "output"}
-            runs[key] = [Image.open(places[image["type"]] / image["filename"]).convert("RGB") for image in images]
+            runs[key] = [Image.open(server.base / "output" / image["filename"]).convert("RGB") for image in images]
         return runs[key]
 
     return run
